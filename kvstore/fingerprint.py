@@ -11,7 +11,7 @@ DIGEST_BYTES = 16
 
 @dataclass(frozen=True)
 class LayoutFingerprint:
-    """Everything the bytes of a page depend on besides the tokens. Equal digests mean equal fields."""
+    """Everything a page's bytes depend on besides the tokens. Equal digests mean equal fields."""
 
     model_digest: str
     numerics: str

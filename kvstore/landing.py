@@ -70,9 +70,7 @@ class Landing:
         slot = self._slots[self.num_landed_pages]
         target = self._memory.group(slot, frame.layer_group)
         if len(frame.payload) != len(target):
-            raise LandingError(
-                "size", f"payload has {len(frame.payload)} bytes, not {len(target)}"
-            )
+            raise LandingError("size", f"payload has {len(frame.payload)} bytes, not {len(target)}")
         target[:] = frame.payload
         found = group_digest(frame.identity, frame.layer_group, frame.num_layer_groups, target)
         if found != frame.digest:

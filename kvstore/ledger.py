@@ -4,7 +4,7 @@
 
     FREE --allocate--> FILLING --seal--> SEALED --last hold gone--> FREE
                           |                 |
-                          +-- owner gone while someone still reads or writes --> QUARANTINED --> FREE
+                          +- owner gone while someone still reads or writes -> QUARANTINED -> FREE
     any state -- violation --> QUARANTINED (for good)
 
 A hold is an owner (a sequence), a reader, a writer, a lease or the prefix cache. ``_free`` is the

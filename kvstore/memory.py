@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.layout import PageLayout, kv_view
+from kernels.layout import LANES, PageLayout, kv_view
 from kvstore.page import PageIdentity, group_digest
 
 MAX_GROUP_BYTES = 1 << 20
@@ -32,15 +32,16 @@ class PageMemory:
         """The bytes of one layer group of one page, writable."""
         start = layer_group * self.layers_per_group * self.layout.layer_bytes
         end = start + self.layers_per_group * self.layout.layer_bytes
-        return memoryview(self._rows[slot, start:end])
+        return self._rows[slot, start:end].data
 
     def clear_tail(self, slot: int, num_tokens: int) -> None:
-        """Zeroes all tokens of a page from ``num_tokens`` on: what is handed over holds no others'."""
+        """Zeroes all tokens of a page from ``num_tokens`` on: nobody else's bytes leave with it."""
         layout = self.layout
         page = self.kv[slot]  # [num_layers, num_kv_heads, 2, page_size * head_dim]
-        keys = page[:, :, 0].unflatten(-1, (-1, layout.head_dim, 16))
-        values = page[:, :, 1].unflatten(-1, (-1, layout.head_dim))
-        sub_block, lane = divmod(num_tokens, 16)
+        shape = (layout.num_layers, layout.num_kv_heads, -1, layout.head_dim)
+        keys = page[:, :, 0].view(*shape, LANES)
+        values = page[:, :, 1].view(shape)
+        sub_block, lane = divmod(num_tokens, LANES)
         if sub_block < keys.shape[2]:
             keys[:, :, sub_block, :, lane:] = 0
             keys[:, :, sub_block + 1 :] = 0

@@ -120,6 +120,10 @@ class PagePool:
         self._published, self._withdrawn = [], []
         return changes
 
+    def cached_names(self) -> list[bytes]:
+        """Names of all pages the prefix cache keeps."""
+        return list(self._cached)
+
     def check(self) -> None:
         """Raises AssertionError unless ledger and cache agree (the conservation law)."""
         self.ledger.check()

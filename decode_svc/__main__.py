@@ -1,0 +1,66 @@
+"""``python -m decode_svc``: runs a decode service."""
+
+from __future__ import annotations
+
+import sys
+
+from engine.model.load import LoadedModel
+from quire.v1 import inference_pb2_grpc
+
+from decode_svc.admission import Admission
+from decode_svc.config import DecodeSettings
+from decode_svc.intake import IntakeDesk
+from decode_svc.servicer import InferenceServicer
+from decode_svc.workers import PrefillWorkers
+from engine.admission import Capacity
+from engine.config import settings_from_command_line
+from engine.serving.late_handlers import LateHandlers
+from engine.serving.process import run_worker
+from engine.serving.worker import Worker
+
+
+class DecodeWorker(Worker):
+    """The decode role."""
+
+    name = "decode"
+    main_service = "quire.v1.InferenceService"
+    settings: DecodeSettings
+    _admission: Admission
+    _desk: IntakeDesk
+    _workers: PrefillWorkers
+
+    def install(self, loaded: LoadedModel, capacity: Capacity, handlers: LateHandlers) -> None:
+        settings = self.settings
+        self._admission = Admission(settings.max_requests, settings.max_queued_tokens)
+        self._workers = PrefillWorkers(self.index, self.engine.core.fingerprint.digest.hex())
+        self._desk = IntakeDesk(
+            self.engine, self._workers, self.index, self.metrics, settings.handover_idle_s
+        )
+        servicer = InferenceServicer(
+            self.engine,
+            loaded.tokenizer,
+            capacity,
+            settings,
+            self._admission,
+            self._desk,
+            self.index,
+            self.metrics,
+        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, handlers)  # type: ignore[arg-type]
+        self.spawn(self._workers.keep_fresh())
+
+    def queued_tokens(self) -> int:
+        return self._admission.queued_tokens
+
+    async def drain(self, timeout_s: float) -> None:
+        self._admission.draining = True
+        await super().drain(timeout_s)
+
+    async def close(self) -> None:
+        await self._desk.close()
+        await self._workers.close()
+
+
+if __name__ == "__main__":
+    settings = settings_from_command_line(DecodeSettings, "quire decode")
+    sys.exit(run_worker(DecodeWorker, settings))

@@ -1,0 +1,43 @@
+"""Settings of the decode service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import setting
+from engine.serving.settings import WorkerSettings
+
+
+@dataclass(frozen=True)
+class DecodeSettings(WorkerSettings):
+    """Flags, then QUIRE_* environment, then a file, then these defaults."""
+
+    max_requests: int = setting(
+        default=256, help="requests admitted at once; more are refused", minimum=1, maximum=65536
+    )
+    max_queued_tokens: int = setting(
+        default=262144,
+        help="prompt tokens of requests without a first token yet; more are refused",
+        minimum=1,
+        maximum=2**31 - 1,
+    )
+    output_queue: int = setting(
+        default=1024,
+        help="tokens a client may be behind before its stream is failed",
+        minimum=1,
+        maximum=1_000_000,
+    )
+    max_request_s: float = setting(
+        default=600.0, help="longest time a request may take", minimum=0.1, maximum=86400.0
+    )
+    handover_idle_s: float = setting(
+        default=3.0,
+        help="seconds without a message after which a prefill worker counts as lost",
+        minimum=0.1,
+        maximum=600.0,
+    )
+    prefill: str = setting(
+        default="auto",
+        help="where prompts are computed: auto (elsewhere when it pays) or local",
+        choices=("auto", "local"),
+    )

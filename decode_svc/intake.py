@@ -1,0 +1,223 @@
+"""Intake of pages: reserved slots, a prefill worker, and what comes of it.
+
+Whatever happens (no worker, a refusal, a broken or silent stream, a page that does not verify), the
+sequence joins the batch: with all pages after a valid commit, otherwise with none of them, and they
+are computed here (the same tokens come out, law 1). Only cancellation leaves the sequence alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+
+import grpc
+from quire.v1 import prefill_pb2 as pb
+from quire.v1 import prefill_pb2_grpc
+
+from decode_svc.workers import PrefillWorkers
+from engine.lifecycle import Lifecycle
+from engine.mailbox import AsyncEngine
+from engine.outputs import Reserved
+from engine.scheduler import Landed, Reservation, WritesEnded
+from engine.telemetry.metrics import Metrics
+from engine.telemetry.tracing import stage_span
+from kvstore.index import HandoverRecord, HandoverState, PageIndex, PageIndexError, WorkerRecord
+from kvstore.landing import Landing, LandingError
+from kvstore.prefix_hash import PrefixHasher
+from kvstore.transports.grpc_wire import (
+    WireError,
+    commit_from_wire,
+    fingerprint_to_wire,
+    frame_from_wire,
+)
+
+FIRST_ATTEMPT = 1
+RELEASE_TIMEOUT_S = 2.0
+HANDOVER_TTL_S = 60.0
+log = logging.getLogger(__name__)
+
+
+class HandoverFailed(Exception):
+    """A handover did not end with a valid commit; ``reason`` is a short fixed word for metrics."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The prompt whose pages are wanted, and until when on this process's monotonic clock."""
+
+    request_id: bytes
+    prompt_ids: tuple[int, ...]
+    tenant: str
+    deadline: float
+
+    @property
+    def remaining_s(self) -> float:
+        return max(self.deadline - time.monotonic(), 0.001)
+
+
+class IntakeDesk:
+    """Runs handovers into this service's pool."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        workers: PrefillWorkers,
+        index: PageIndex,
+        metrics: Metrics,
+        idle_s: float,
+    ) -> None:
+        self._engine = engine
+        self._workers = workers
+        self._index = index
+        self._metrics = metrics
+        self._idle_s = idle_s
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def fill(self, wanted: Wanted, reserved: Reserved) -> int:
+        """Fills reserved pages from a prefill worker; returns how many tokens came that way."""
+        reservation = reserved.reservation
+        try:
+            landed = await self._hand_over(wanted, reservation)
+        except BaseException:
+            self._engine.worker.post(WritesEnded(reserved.name))
+            raise
+        num_here = reservation.num_cached_pages * self._engine.core.settings.page_size
+        num_tokens = reservation.num_tokens if landed else num_here
+        self._engine.worker.post(Landed(reserved.name, num_tokens))
+        return num_tokens - num_here
+
+    async def close(self) -> None:
+        """Waits for what is still being told to others."""
+        await asyncio.gather(*self._background, return_exceptions=True)
+
+    async def _hand_over(self, wanted: Wanted, reservation: Reservation) -> bool:
+        """Whether the pages are here, verified and committed."""
+        with stage_span(Lifecycle.CHOOSE) as span:
+            worker = self._workers.choose()
+            span.set_attribute("quire.worker", worker.boot_id if worker else "none")
+        if worker is None:
+            self._metrics.handovers.labels("no_worker").inc()
+            return False
+        self._tell(self._offer(wanted, reservation, worker))
+        try:
+            with stage_span(Lifecycle.HANDOVER) as span:
+                span.set_attribute("quire.worker", worker.boot_id)
+                num_bytes = await self._pull(wanted, reservation, worker)
+                span.set_attribute("quire.bytes", num_bytes)
+        except HandoverFailed as failure:
+            log.warning("handover failed request=%s %s", wanted.request_id.hex(), failure)
+            self._metrics.handovers.labels(failure.reason).inc()
+            if failure.reason != "resource_exhausted":
+                self._workers.failed(worker)
+            self._tell(self._settle(wanted, worker, HandoverState.FAILED))
+            return False
+        self._metrics.handovers.labels("landed").inc()
+        self._metrics.handover_bytes.inc(num_bytes)
+        self._tell(self._settle(wanted, worker, HandoverState.LANDED))
+        return True
+
+    async def _pull(self, wanted: Wanted, reservation: Reservation, worker: WorkerRecord) -> int:
+        """Pulls all pages and the commit; returns their bytes. Raises HandoverFailed."""
+        core = self._engine.core
+        stub = prefill_pb2_grpc.PrefillServiceStub(self._workers.channel(worker))
+        request = pb.PrefillRequest(
+            request_id=wanted.request_id,
+            attempt=FIRST_ATTEMPT,
+            token_ids=wanted.prompt_ids,
+            num_pages_present=reservation.num_cached_pages,
+            fingerprint=fingerprint_to_wire(core.fingerprint),
+            tenant=wanted.tenant,
+        )
+        call = stub.Prefill(request, timeout=wanted.remaining_s)
+        landing = Landing(
+            memory=core.memory,
+            hasher=PrefixHasher(wanted.tenant, core.fingerprint.digest, core.settings.page_size),
+            prompt_ids=wanted.prompt_ids,
+            first_page=reservation.num_cached_pages,
+            slots=reservation.slots,
+            fingerprint=core.fingerprint.digest,
+            owner=bytes.fromhex(worker.boot_id),
+        )
+        try:
+            return await self._read(call, landing, worker)
+        except LandingError as error:
+            raise HandoverFailed(error.reason, str(error)) from error
+        except WireError as error:
+            raise HandoverFailed("malformed", str(error)) from error
+        except TimeoutError as error:
+            raise HandoverFailed("silent", f"no message for {self._idle_s} s") from error
+        except grpc.aio.AioRpcError as error:
+            raise HandoverFailed(error.code().name.lower(), error.details() or "") from error
+        finally:
+            call.cancel()
+
+    async def _read(
+        self,
+        call: grpc.aio.UnaryStreamCall[pb.PrefillRequest, pb.PrefillResponse],
+        landing: Landing,
+        worker: WorkerRecord,
+    ) -> int:
+        num_bytes = 0
+        while True:
+            async with asyncio.timeout(self._idle_s):
+                response = await call.read()
+            if not isinstance(response, pb.PrefillResponse):  # grpc.aio.EOF
+                raise HandoverFailed("incomplete", "the stream ended without a commit")
+            match response.WhichOneof("message"):
+                case "accepted":
+                    if response.accepted.boot_id.hex() != worker.boot_id:
+                        raise HandoverFailed("boot_id", "another worker answered")
+                case "frame":
+                    num_bytes += landing.take(frame_from_wire(response.frame))
+                case "commit":
+                    with stage_span(Lifecycle.VERIFY) as span:
+                        span.set_attribute("quire.pages", landing.num_landed_pages)
+                        landing.finish(commit_from_wire(response.commit))
+                    return num_bytes
+                case _:
+                    pass
+
+    async def _offer(self, wanted: Wanted, reservation: Reservation, worker: WorkerRecord) -> None:
+        record = HandoverRecord(
+            request_id=wanted.request_id.hex(),
+            attempt=FIRST_ATTEMPT,
+            state=HandoverState.OFFERED,
+            prefill_boot_id=worker.boot_id,
+            decode_boot_id=self._engine.core.boot_id.hex(),
+            num_pages=len(reservation.slots),
+            remaining_s=wanted.remaining_s,
+        )
+        await self._index.offer_handover(record, HANDOVER_TTL_S)
+
+    async def _settle(self, wanted: Wanted, worker: WorkerRecord, state: HandoverState) -> None:
+        """Tells the owner to drop its lease, and Redis how it ended."""
+        stub = prefill_pb2_grpc.PrefillServiceStub(self._workers.channel(worker))
+        release = pb.ReleasePagesRequest(
+            request_id=wanted.request_id,
+            attempt=FIRST_ATTEMPT,
+            landed=state is HandoverState.LANDED,
+        )
+        try:
+            await stub.ReleasePages(release, timeout=RELEASE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            log.info("release not delivered, the lease will run out: %s", error.code())
+        await self._index.move_handover(wanted.request_id.hex(), FIRST_ATTEMPT, state)
+
+    def _tell(self, message: Awaitable[None]) -> None:
+        """Off the request's path: a failure is logged and changes nothing."""
+        task = asyncio.ensure_future(self._told(message))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _told(self, message: Awaitable[None]) -> None:
+        try:
+            await message
+        except PageIndexError as error:
+            log.debug("page index not told: %s", error)

@@ -1,0 +1,167 @@
+"""InferenceService over gRPC: protobuf to domain values and back, nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import grpc
+from quire.v1 import inference_pb2 as pb
+from quire.v1 import inference_pb2_grpc
+
+from decode_svc.admission import Admission, Ticket
+from decode_svc.config import DecodeSettings
+from decode_svc.intake import IntakeDesk, Wanted
+from engine.admission import Capacity
+from engine.completion import Delta, Finished, StreamItem
+from engine.errors import DeadlineExceeded, InvalidRequest, ModelError
+from engine.lifecycle import Lifecycle
+from engine.mailbox import AsyncEngine
+from engine.prompts import Prompt, encode_prompt
+from engine.request import Request
+from engine.serving.deadline import remaining_s
+from engine.serving.status import maps_errors
+from engine.telemetry.metrics import Metrics
+from engine.telemetry.tracing import current_context, stage_span
+from engine.tokenizer import Tokenizer
+from engine.wire import item_to_wire, prompt_from_wire, sampling_from_wire
+from kvstore.index import PageIndex, PageIndexError
+from kvstore.transports.grpc_wire import fingerprint_to_wire
+
+MAX_LABEL = 128
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Generates, tokenizes, tells what is served."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        tokenizer: Tokenizer,
+        capacity: Capacity,
+        settings: DecodeSettings,
+        admission: Admission,
+        desk: IntakeDesk,
+        index: PageIndex,
+        metrics: Metrics,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._capacity = capacity
+        self._settings = settings
+        self._admission = admission
+        self._desk = desk
+        self._index = index
+        self._metrics = metrics
+
+    @maps_errors
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        budget_s = remaining_s(context, self._settings.max_request_s)
+        with stage_span(Lifecycle.ADMIT) as span:
+            self._admission.check_open()
+            job = await self._job(request, time.monotonic() + budget_s)
+            span.set_attribute("gen_ai.usage.input_tokens", len(job.prompt_ids))
+            span.set_attribute("quire.request_id", job.request_id.hex())
+        with self._admission.admit(len(job.prompt_ids)) as ticket:
+            async for item in _until(job.stream(self._engine), budget_s):
+                self._see(item, ticket)
+                yield item_to_wire(item)
+
+    @maps_errors
+    async def Tokenize(
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.TokenizeResponse:
+        prompt = prompt_from_wire(request)
+        return pb.TokenizeResponse(token_ids=await self._encode(prompt))
+
+    @maps_errors
+    async def GetModel(
+        self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetModelResponse:
+        spec = self._engine.core.model.spec
+        return pb.GetModelResponse(
+            name=spec.name,
+            fingerprint=fingerprint_to_wire(self._engine.core.fingerprint),
+            vocab_size=spec.vocab_size,
+            max_context=spec.max_context,
+            eos_token_ids=sorted(spec.eos_token_ids),
+            max_prompt_tokens=self._capacity.max_prompt_tokens,
+            peers=await self._peers(),
+        )
+
+    async def _job(self, request: pb.GenerateRequest, deadline: float) -> Request:
+        """The request as the engine takes it. Raises InvalidRequest."""
+        spec = self._engine.core.model.spec
+        if request.model and request.model != spec.name:
+            raise ModelError(f"model {request.model!r} is not served here; {spec.name!r} is")
+        for field, value in (("label", request.label), ("tenant", request.tenant)):
+            if len(value) > MAX_LABEL:
+                raise InvalidRequest(field, "it is too long", f"0 to {MAX_LABEL} characters")
+        if request.resume:
+            raise InvalidRequest("resume", "it is not supported yet", "leave it empty")
+        params = sampling_from_wire(request.sampling)
+        prompt_ids = await self._encode(prompt_from_wire(request))
+        job = Request(
+            prompt_ids=prompt_ids,
+            params=params,
+            capacity=self._capacity,
+            tenant=request.tenant,
+            output_queue=self._settings.output_queue,
+            parent=current_context(),
+        )
+        if self._settings.prefill == "auto":
+            wanted = Wanted(job.request_id, prompt_ids, request.tenant, deadline)
+            job.intake = functools.partial(self._desk.fill, wanted)
+        return job
+
+    async def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Long text is tokenized beside the event loop."""
+        return await asyncio.to_thread(encode_prompt, prompt, self._tokenizer)
+
+    async def _peers(self) -> list[pb.Peer]:
+        """Other decode services of the same fingerprint, as far as the index knows."""
+        try:
+            workers = await self._index.workers("decode")
+        except PageIndexError:
+            return []
+        core = self._engine.core
+        return [
+            pb.Peer(endpoint=worker.endpoint, boot_id=bytes.fromhex(worker.boot_id))
+            for worker in workers
+            if worker.fingerprint == core.fingerprint.digest.hex()
+            and worker.boot_id != core.boot_id.hex()
+        ]
+
+    def _see(self, item: StreamItem, ticket: Ticket) -> None:
+        match item:
+            case Delta():
+                ticket.first_token()
+                self._metrics.output_tokens.inc(len(item.token_ids))
+            case Finished():
+                self._metrics.see_finished(item)
+            case _:
+                pass
+
+
+async def _until(
+    items: AsyncGenerator[StreamItem, None], budget_s: float
+) -> AsyncIterator[StreamItem]:
+    """Passes items on until the time is over, then raises DeadlineExceeded; always closes them."""
+    ends = asyncio.get_running_loop().time() + budget_s
+    try:
+        while True:
+            try:
+                async with asyncio.timeout_at(ends):
+                    item = await anext(items)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise DeadlineExceeded("the request's time is over") from None
+            yield item
+    finally:
+        await items.aclose()

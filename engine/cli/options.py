@@ -1,0 +1,103 @@
+"""Flags that several subcommands share, and what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+
+from engine.client import BlockingClient
+from engine.errors import InvalidRequest, PeerUnavailable
+from engine.sampling_params import SamplingParams
+from engine.state import read_up_state, state_dir
+
+
+def add_sampling(parser: argparse.ArgumentParser, temperature: float) -> None:
+    parser.add_argument("--max-tokens", type=int, help="output tokens at most (default: what fits)")
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, help="default %(default)s"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--presence-penalty", type=float, default=0.0)
+    parser.add_argument("--frequency-penalty", type=float, default=0.0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--n", type=int, default=1, help="choices")
+    parser.add_argument("--min-tokens", type=int, default=0)
+    parser.add_argument("--stop", action="append", default=[], help="may be given several times")
+    parser.add_argument("--stop-token-id", type=int, action="append", default=[])
+    parser.add_argument("--include-stop", action="store_true")
+    parser.add_argument("--ignore-eos", action="store_true")
+    parser.add_argument("--logprobs", type=int, help="log-probabilities of this many top tokens")
+
+
+def sampling_params(options: argparse.Namespace) -> SamplingParams:
+    """Raises InvalidRequest naming what is out of range."""
+    return SamplingParams(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        seed=options.seed,
+        n=options.n,
+        max_tokens=options.max_tokens,
+        min_tokens=options.min_tokens,
+        stop=tuple(options.stop),
+        stop_token_ids=tuple(options.stop_token_id),
+        include_stop=options.include_stop,
+        ignore_eos=options.ignore_eos,
+        logprobs=options.logprobs,
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a name or a path (default: smollm2, or what is served)")
+    parser.add_argument("--weights", choices=("fp32", "bf16", "int8", "int4"))
+    parser.add_argument("--kv", choices=("fp32", "bf16", "int8"))
+    parser.add_argument("--draft", help="reserved for speculation")
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--local", action="store_true", help="in this process, without services")
+    place.add_argument("--endpoint", metavar="HOST:PORT", help="a decode service")
+
+
+def open_engine(options: argparse.Namespace) -> BlockingClient:
+    """The engine the flags ask for: in this process, at an endpoint, or what ``quire up`` runs."""
+    if options.draft is not None:
+        raise InvalidRequest("--draft", "speculation is not supported yet", "leave it out")
+    if options.local:
+        from engine.local import LocalEngine
+        from engine.progress import default_progress
+
+        return LocalEngine(
+            options.model or "smollm2",
+            weights=options.weights or "fp32",
+            kv=options.kv,
+            progress=default_progress(),
+        )
+    if options.weights is not None or options.kv is not None:
+        raise InvalidRequest(
+            "--weights and --kv", "a running service has its own", "only with --local"
+        )
+    from engine.remote import RemoteEngine
+
+    return RemoteEngine(decode_endpoints(options.endpoint), model=options.model or "")
+
+
+def decode_endpoints(endpoint: str | None) -> list[str]:
+    """The endpoint given, or the decode services that ``quire up`` runs. Raises PeerUnavailable."""
+    if endpoint:
+        return [endpoint]
+    state = read_up_state(state_dir())
+    endpoints = state.endpoints("decode") if state else []
+    if not endpoints:
+        raise PeerUnavailable(
+            "no decode service is known: start one with `quire up`, "
+            "give --endpoint HOST:PORT, or use --local"
+        )
+    return endpoints

@@ -1,0 +1,159 @@
+"""What ``LocalEngine`` and ``RemoteEngine`` share: the interface, and its blocking twin."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from engine.completion import Collector, Completion, StreamItem
+from engine.errors import InvalidRequest
+from engine.prompts import Prompt
+from engine.sampling_params import SamplingParams
+
+T = TypeVar("T")
+
+
+class AsyncClient(ABC):
+    """Generates from prompts; a place to run them is what subclasses add."""
+
+    @abstractmethod
+    def stream(self, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[StreamItem, None]:
+        """The items of one request as they come: Started, Deltas, Finished."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Gives back what the client holds."""
+
+    async def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Runs all prompts as one batch; the completions of each prompt's choices, in order.
+
+        Raises the first error any of them ends with; the others are cancelled then.
+        """
+        per_prompt = _one_each(prompts, params)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._collect(prompt, each))
+                    for prompt, each in zip(prompts, per_prompt, strict=True)
+                ]
+        except BaseExceptionGroup as errors:
+            raise _first(errors) from None
+        return [completion for task in tasks for completion in task.result()]
+
+    async def _collect(self, prompt: Prompt, params: SamplingParams) -> list[Completion]:
+        collector = Collector(wants_logprobs=params.logprobs is not None)
+        async for item in self.stream(prompt, params):
+            collector.add(item)
+        return collector.completions()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+def _one_each(
+    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * len(prompts)
+    if len(params) != len(prompts):
+        raise InvalidRequest(
+            "params", f"{len(params)} for {len(prompts)} prompts", "one, or one per prompt"
+        )
+    return params
+
+
+class LoopThread:
+    """An event loop on a thread of its own, for callers that have none."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs ``work`` to its end; an interrupt cancels it."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+
+class BlockingClient:
+    """The blocking twin of an ``AsyncClient``; use as a context manager or call ``close``."""
+
+    def __init__(self, loop: LoopThread, client: AsyncClient) -> None:
+        self._loop = loop
+        self._client = client
+        self._closed = False
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """As ``AsyncClient.generate``."""
+        return self._loop.run(self._client.generate(prompts, params))
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> Generator[StreamItem, None, None]:
+        """As ``AsyncClient.stream``; closing the iterator cancels the request."""
+        items = self._client.stream(prompt, params or SamplingParams())
+        try:
+            while True:
+                try:
+                    yield self._loop.run(_next(items))
+                except StopAsyncIteration:
+                    return
+        finally:
+            self._loop.run(items.aclose())
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._loop.run(self._client.close())
+            self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+async def _next(items: AsyncGenerator[StreamItem, None]) -> StreamItem:
+    return await anext(items)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

@@ -1,0 +1,81 @@
+"""One choice of one request in the engine: its token function and what became of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.finish import OutputTracker
+from engine.model import ModelSpec
+from engine.outputs import TokenOutput
+from engine.sampling_params import SamplingParams
+from engine.token_function import TokenFunction
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTask:
+    """Wants the pages of all but the last prompt token."""
+
+    name: str
+    prompt_ids: tuple[int, ...]
+    tenant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateTask:
+    """Wants up to ``max_tokens`` output tokens of choice ``choice_index``.
+
+    ``remote`` lets the pages of the prompt come from a prefill service; ``after`` names the choice
+    whose prompt pages this one shares.
+    """
+
+    name: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    choice_index: int = 0
+    tenant: str = ""
+    remote: bool = False
+    after: str | None = None
+
+
+class Generation:
+    """The output of one choice so far."""
+
+    def __init__(
+        self, task: GenerateTask, spec: ModelSpec, token_bytes: Callable[[int], bytes]
+    ) -> None:
+        self._name = task.name
+        self._output_ids: list[int] = []
+        self._choose = TokenFunction(
+            params=task.params,
+            seed=task.seed,
+            choice_index=task.choice_index,
+            prompt_ids=task.prompt_ids,
+            eos_ids=spec.eos_token_ids,
+            vocab_size=spec.vocab_size,
+        )
+        self._tracker = OutputTracker(
+            params=task.params,
+            eos_ids=spec.eos_token_ids,
+            token_bytes=token_bytes,
+            max_tokens=task.max_tokens,
+        )
+
+    def advance(self, logits: np.ndarray) -> TokenOutput:
+        """Chooses the next token from ``logits [vocab_size]`` fp32. Raises EngineFault on NaN."""
+        choice = self._choose(logits, self._output_ids)
+        self._output_ids.append(choice.token_id)
+        delta = self._tracker.push(choice.token_id)
+        return TokenOutput(
+            name=self._name,
+            token_id=choice.token_id,
+            text=delta.text,
+            logprob=choice.logprob,
+            top_logprobs=choice.top_logprobs,
+            finish=delta.finish,
+            matched_stop=delta.matched_stop,
+        )

@@ -1,0 +1,18 @@
+"""The life of a request, in one enum: it labels spans, metrics, log lines and handover records."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Lifecycle(StrEnum):
+    ADMIT = "admit"  # limits, deadline, tokenization
+    QUEUE = "queue"  # waiting for pages in the decode pool
+    CHOOSE = "choose"  # which prefill worker, or none
+    PREFILL_QUEUE = "prefill_queue"  # waiting for a step of the model that prefills
+    PREFILL_CHUNK = "prefill_chunk"  # one chunk of the prompt in the model
+    HANDOVER = "handover"  # pages on their way from prefill to decode
+    VERIFY = "verify"  # checking the commit against the pages that arrived
+    JOIN = "join"  # entering the running batch
+    DECODE = "decode"  # making tokens
+    FINISH = "finish"  # one terminal status, everything released

@@ -1,0 +1,99 @@
+"""What a step has to tell, addressed to sequences by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.errors import QuireError
+from engine.finish import FinishReason
+from engine.scheduler import Reservation
+from kvstore.page import SealedPage
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The sequence has its pages; ``cached_tokens`` were here already."""
+
+    name: str
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Pages are reserved for a handover; ``generations`` belong to the reservation's slots."""
+
+    reservation: Reservation
+    generations: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.reservation.name
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDone:
+    """Rows of a prompt went through the model; times are wall-clock nanoseconds."""
+
+    name: str
+    start: int
+    num_tokens: int
+    started_ns: int
+    ended_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class PageFinished:
+    """A page of a prefill sequence is sealed; a read of it has begun on the receiver's behalf."""
+
+    name: str
+    page: SealedPage
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """All pages of a prefill sequence are finished, and leased under its name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """The sequence gave its pages to others and waits to be computed again."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One new token; ``text`` may lag behind. ``finish`` is set with the last token."""
+
+    name: str
+    token_id: int
+    text: str
+    logprob: float | None
+    top_logprobs: tuple[tuple[int, float], ...]
+    finish: FinishReason | None
+    matched_stop: str | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The sequence ended with an error and is gone."""
+
+    name: str
+    error: QuireError
+
+
+Output = (
+    Admitted | Reserved | ChunkDone | PageFinished | Prefilled | Preempted | TokenOutput | Failed
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One step's size and cost; ``bytes_moved`` is what it had to read of weights and KV."""
+
+    num_sequences: int
+    num_rows: int
+    bytes_moved: int
+    seconds: float

@@ -1,0 +1,237 @@
+"""One request in an engine, from its tasks to the stream of its items, traced on the way.
+
+Both users of an engine, ``LocalEngine`` and the decode service, run their requests through this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+from opentelemetry.context import Context
+
+from engine.admission import Capacity, check_prompt, output_limit
+from engine.completion import Delta, Finished, Started, StreamItem, Timings, TokenLogprobs, Usage
+from engine.generation import GenerateTask
+from engine.lifecycle import Lifecycle
+from engine.mailbox import AsyncEngine
+from engine.outputs import (
+    Admitted,
+    ChunkDone,
+    Failed,
+    Output,
+    PageFinished,
+    Preempted,
+    Prefilled,
+    Reserved,
+    TokenOutput,
+)
+from engine.sampling_params import SamplingParams
+from engine.telemetry.tracing import record_stage
+
+REQUEST_ID_BYTES = 16
+
+Intake = Callable[[Reserved], Awaitable[int]]
+"""Fills reserved pages from elsewhere; returns how many tokens came that way."""
+
+
+@dataclass(slots=True)
+class _Times:
+    """Wall-clock nanoseconds of a request's milestones."""
+
+    admitted: int
+    got_pages: int = 0
+    joined: int = 0
+    first_token: int = 0
+
+
+@dataclass(slots=True)
+class Request:
+    """A validated request. ``params.seed`` is set; ``parent`` is the trace it belongs to."""
+
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    capacity: Capacity
+    tenant: str = ""
+    intake: Intake | None = None
+    output_queue: int = 100_000
+    parent: Context | None = None
+    request_id: bytes = field(default_factory=lambda: secrets.token_bytes(REQUEST_ID_BYTES))
+
+    def __post_init__(self) -> None:
+        check_prompt(self.prompt_ids, self.capacity)
+        self.params = self.params.with_seed()
+        self.params.check_against(self.capacity.vocab_size)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"{self.request_id.hex()}/{index}" for index in range(self.params.n))
+
+    async def stream(self, engine: AsyncEngine) -> AsyncGenerator[StreamItem, None]:
+        """Runs the request; whatever ends the iteration, its pages are given back."""
+        run = _Run(self, engine)
+        try:
+            yield run.started
+            async for item in run.items():
+                yield item
+        finally:
+            await run.close()
+
+    def tasks(self) -> list[GenerateTask]:
+        """One task per choice; all but the first wait to share the first one's prompt pages."""
+        limit = output_limit(self.params, len(self.prompt_ids), self.capacity)
+        assert self.params.seed is not None
+        return [
+            GenerateTask(
+                name=name,
+                prompt_ids=self.prompt_ids,
+                params=self.params,
+                seed=self.params.seed,
+                max_tokens=limit,
+                choice_index=index,
+                tenant=self.tenant,
+                remote=self.intake is not None and index == 0,
+                after=self.names[0] if index else None,
+            )
+            for index, name in enumerate(self.names)
+        ]
+
+
+class _Run:
+    """A request while it runs."""
+
+    def __init__(self, request: Request, engine: AsyncEngine) -> None:
+        self._request = request
+        self._engine = engine
+        self._times = _Times(admitted=time.time_ns())
+        self._counts = dict.fromkeys(request.names, 0)
+        self._unfinished = set(request.names)
+        self._cached_tokens = 0
+        self._handed_over = 0
+        self._num_preemptions = 0
+        self._intake: asyncio.Task[None] | None = None
+        self._mailbox = engine.open(request.names, request.output_queue)
+        engine.submit(request.tasks())
+
+    @property
+    def started(self) -> Started:
+        request = self._request
+        assert request.params.seed is not None
+        return Started(
+            request.request_id, request.params.seed, request.prompt_ids, self._engine.core.boot_id
+        )
+
+    async def items(self) -> AsyncGenerator[StreamItem, None]:
+        while self._unfinished:
+            for output in await self._mailbox.get():
+                delta = self._take(output)
+                if delta is not None:
+                    yield delta
+        yield self._finished()
+
+    async def close(self) -> None:
+        """Ends the intake first: it must not write once the pages are somebody else's."""
+        if self._intake is not None:
+            self._intake.cancel()
+            await asyncio.gather(self._intake, return_exceptions=True)
+        self._engine.close(self._mailbox)
+
+    def _take(self, output: Output) -> Delta | None:
+        match output:
+            case Admitted(name, cached_tokens):
+                self._admitted(name, cached_tokens)
+            case Reserved():
+                self._intake = asyncio.create_task(self._run_intake(output))
+            case ChunkDone():
+                self._chunk_done(output)
+            case Preempted():
+                self._num_preemptions += 1
+            case TokenOutput():
+                return self._token(output)
+            case Failed() | PageFinished() | Prefilled():
+                pass
+        return None
+
+    def _admitted(self, name: str, cached_tokens: int) -> None:
+        if name != self._request.names[0] or self._times.got_pages:
+            return
+        self._times.got_pages = time.time_ns()
+        self._cached_tokens = cached_tokens
+        self._record(
+            Lifecycle.QUEUE,
+            self._times.admitted,
+            self._times.got_pages,
+            {"quire.cached_tokens": cached_tokens},
+        )
+
+    def _chunk_done(self, chunk: ChunkDone) -> None:
+        if not self._times.first_token:
+            self._times.joined = chunk.ended_ns
+        attributes = {"quire.tokens": chunk.num_tokens, "quire.start": chunk.start}
+        self._record(Lifecycle.PREFILL_CHUNK, chunk.started_ns, chunk.ended_ns, attributes)
+
+    async def _run_intake(self, reserved: Reserved) -> None:
+        assert self._request.intake is not None
+        self._handed_over = await self._request.intake(reserved)
+        self._times.joined = time.time_ns()
+
+    def _token(self, output: TokenOutput) -> Delta:
+        now = time.time_ns()
+        if not self._times.first_token:
+            self._times.first_token = now
+            self._record(Lifecycle.JOIN, self._times.joined or now, now, {})
+        first_index = self._counts[output.name]
+        self._counts[output.name] += 1
+        if output.finish is not None:
+            self._unfinished.discard(output.name)
+        return Delta(
+            choice_index=self._request.names.index(output.name),
+            first_index=first_index,
+            token_ids=(output.token_id,),
+            text=output.text,
+            logprobs=self._logprobs(output),
+            finish_reason=output.finish,
+            matched_stop=output.matched_stop,
+        )
+
+    def _logprobs(self, output: TokenOutput) -> tuple[TokenLogprobs, ...]:
+        if output.logprob is None:
+            return ()
+        return (TokenLogprobs(output.token_id, output.logprob, output.top_logprobs),)
+
+    def _finished(self) -> Finished:
+        times, now = self._times, time.time_ns()
+        num_output = sum(self._counts.values())
+        self._record(
+            Lifecycle.DECODE, times.first_token, now, {"gen_ai.usage.output_tokens": num_output}
+        )
+        joined = times.joined or times.first_token
+        timings = Timings(
+            queue_s=(times.got_pages - times.admitted) / 1e9,
+            prefill_s=(joined - times.got_pages) / 1e9,
+            first_token_s=(times.first_token - times.admitted) / 1e9,
+            total_s=(now - times.admitted) / 1e9,
+        )
+        usage = Usage(
+            prompt_tokens=len(self._request.prompt_ids),
+            output_tokens=num_output,
+            cached_tokens=self._cached_tokens,
+            handed_over_tokens=self._handed_over,
+            preemptions=self._num_preemptions,
+        )
+        return Finished(usage, timings, self._prefilled())
+
+    def _prefilled(self) -> str:
+        if self._handed_over:
+            return "remote"
+        page_size = self._engine.core.settings.page_size
+        rest = len(self._request.prompt_ids) - 1 - self._cached_tokens
+        return "cached" if self._cached_tokens and rest < page_size else "local"
+
+    def _record(
+        self, stage: Lifecycle, started_ns: int, ended_ns: int, attributes: dict[str, int]
+    ) -> None:
+        record_stage(stage, started_ns, ended_ns, self._request.parent, attributes)

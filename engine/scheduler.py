@@ -1,0 +1,518 @@
+"""Continuous batching as a pure function: (state, events) -> plan (design, law 9).
+
+Sequences join and leave at every step. Decode rows go first; prompts share what is left of the
+step's budget in chunks. Pages grow on demand; when none are left, the sequence admitted last gives
+its pages up and is computed again later, to the same tokens (law 1). Waiting sequences are admitted
+in order, each with pages for all its tokens at once, so nobody holds pages while waiting for pages.
+
+The same scheduler serves both services: a decode service generates, a prefill service has sequences
+whose goal is the prompt's pages. Knows no clock, no thread, no tensor: equal events give equal
+plans. Imports neither torch, grpc nor redis.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from engine.sequence import Goal, Sequence
+from kvstore.ledger import PageViolation
+from kvstore.pool import PagePool
+from kvstore.prefix_hash import PrefixHasher
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """``chunk_tokens``: prompt rows of one sequence in a step; ``max_step_tokens``: rows of a step.
+
+    A prompt whose uncached rest is shorter than ``min_remote_tokens`` is prefilled here.
+    """
+
+    max_sequences: int = 64
+    max_step_tokens: int = 256
+    chunk_tokens: int = 128
+    min_remote_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_sequences <= self.max_step_tokens:
+            raise ValueError(
+                f"max_sequences must be 1 to max_step_tokens ({self.max_step_tokens}), "
+                f"not {self.max_sequences}"
+            )
+        if self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens must be at least 1, not {self.chunk_tokens}")
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A new sequence. ``after`` names a sequence of the same prompt to wait for (n > 1)."""
+
+    name: str
+    goal: Goal
+    prompt: tuple[int, ...]
+    tenant: str = ""
+    remote: bool = False
+    after: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The sequence, or the lease it left behind, is not wanted any more. Unknown names are fine."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """The handover into reserved pages is over; the first ``num_tokens`` tokens are verified."""
+
+    name: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class WritesEnded:
+    """Nobody writes into the pages reserved for ``name`` any more."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadsEnded:
+    """Announced pages were read."""
+
+    slots: tuple[int, ...]
+
+
+Event = Submit | Cancel | Landed | WritesEnded | ReadsEnded
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRows:
+    """``tokens`` of a sequence from position ``start`` on, with the page table they need."""
+
+    name: str
+    start: int
+    tokens: tuple[int, ...]
+    pages: tuple[int, ...]
+    wants_logits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Pages for a handover: ``slots`` follow ``num_cached_pages`` pages that are here already."""
+
+    name: str
+    slots: tuple[int, ...]
+    num_cached_pages: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedPage:
+    """A sealed page of a prefill sequence, to be announced; one read of it has begun."""
+
+    name: str
+    slot: int
+    page_index: int
+    num_tokens: int
+    prefix_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A sequence got its pages; ``cached_tokens`` of it were here already."""
+
+    name: str
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A page of the sequence was not in the state it must be in; the sequence is gone."""
+
+    name: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    rows: tuple[PlannedRows, ...] = ()
+    admissions: tuple[Admission, ...] = ()
+    reservations: tuple[Reservation, ...] = ()
+    finished_pages: tuple[FinishedPage, ...] = ()
+    prefilled: tuple[str, ...] = ()
+    preempted: tuple[str, ...] = ()
+    faults: tuple[Fault, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step brought one sequence: a token, and whether it was its last; or a failure."""
+
+    token_id: int | None = None
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepEffects:
+    finished_pages: tuple[FinishedPage, ...] = ()
+    prefilled: tuple[str, ...] = ()
+    faults: tuple[Fault, ...] = ()
+
+
+class Scheduler:
+    """Owns the pool's accounting and every sequence. One thread uses it."""
+
+    def __init__(
+        self, pool: PagePool, limits: SchedulerLimits, hasher: Callable[[str], PrefixHasher]
+    ) -> None:
+        self.pool = pool
+        self.limits = limits
+        self._hasher = hasher
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: deque[str] = deque()
+        self._followers: dict[str, list[str]] = {}
+        self._running: list[str] = []
+        self._reserved: set[str] = set()
+        self._writing: dict[str, list[int]] = {}
+        self._leased: dict[str, list[int]] = {}
+        self._faults: list[Fault] = []
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._sequences) - len(self._running) - len(self._reserved)
+
+    @property
+    def num_reserved(self) -> int:
+        return len(self._reserved)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._sequences)
+
+    def sequence(self, name: str) -> Sequence | None:
+        return self._sequences.get(name)
+
+    def plan(self, events: Iterable[Event]) -> StepPlan:
+        """Takes the events in, then says what the next step runs."""
+        for event in events:
+            with self._guarded(event):
+                self._take(event)
+        preempted = self._grow()
+        admitted = self._admit()
+        return StepPlan(
+            rows=tuple(self._rows(name, count) for name, count in self._share_budget()),
+            admissions=tuple(admitted.admissions),
+            reservations=tuple(admitted.reservations),
+            finished_pages=tuple(admitted.finished_pages),
+            prefilled=tuple(admitted.prefilled),
+            preempted=tuple(preempted),
+            faults=self._take_faults(),
+        )
+
+    def complete(self, plan: StepPlan, outcomes: Mapping[str, Outcome | None]) -> StepEffects:
+        """Books a step that ran. An outcome of None means the sequence failed and is gone."""
+        finished_pages: list[FinishedPage] = []
+        prefilled: list[str] = []
+        for rows in plan.rows:
+            outcome = outcomes[rows.name]
+            if outcome is None:
+                self._drop(rows.name)
+                continue
+            with self._guarded(rows):
+                sequence = self._sequences[rows.name]
+                sequence.num_computed += len(rows.tokens)
+                finished_pages += self._seal_full_pages(sequence)
+                if sequence.has_prompt:
+                    self._wake_followers(sequence.name)
+                if sequence.goal is Goal.PREFILL and sequence.num_remaining == 0:
+                    finished_pages += self._end_prefill(sequence)
+                    prefilled.append(sequence.name)
+                if outcome.token_id is not None:
+                    sequence.tokens.append(outcome.token_id)
+                if outcome.finished:
+                    self._drop(rows.name)
+        return StepEffects(tuple(finished_pages), tuple(prefilled), self._take_faults())
+
+    # -- events
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case Submit():
+                self._submit(event)
+            case Cancel(name):
+                self._drop(name)
+                self.pool.end_lease(self._leased.pop(name, []), name)
+            case Landed(name, num_tokens):
+                self._land(name, num_tokens)
+            case WritesEnded(name):
+                self._end_writes(name)
+            case ReadsEnded(slots):
+                self.pool.end_reads(slots)
+
+    def _submit(self, event: Submit) -> None:
+        assert event.name not in self._sequences, event.name
+        assert event.prompt
+        self._sequences[event.name] = Sequence(
+            name=event.name,
+            goal=event.goal,
+            tokens=list(event.prompt),
+            num_prompt=len(event.prompt),
+            hasher=self._hasher(event.tenant),
+            remote=event.remote,
+        )
+        leader = self._sequences.get(event.after) if event.after else None
+        if leader is None or leader.has_prompt:
+            self._waiting.append(event.name)
+        else:
+            self._followers.setdefault(leader.name, []).append(event.name)
+
+    def _land(self, name: str, num_tokens: int) -> None:
+        self._end_writes(name)
+        sequence = self._sequences.get(name)
+        if sequence is None:
+            return
+        self._reserved.discard(name)
+        self._running.append(name)
+        sequence.num_computed = max(num_tokens, sequence.num_computed)
+        self._seal_full_pages(sequence)
+        if sequence.has_prompt:
+            self._wake_followers(name)
+
+    def _end_writes(self, name: str) -> None:
+        for slot in self._writing.pop(name, []):
+            self.pool.ledger.end_write(slot)
+
+    # -- leaving
+
+    @contextmanager
+    def _guarded(self, concerned: Event | PlannedRows | Sequence) -> Iterator[None]:
+        """A page violation ends the sequence concerned, not the service (law 5)."""
+        try:
+            yield
+        except PageViolation as violation:
+            name = getattr(concerned, "name", "")
+            self._faults.append(Fault(name, str(violation)))
+            self._drop(name)
+
+    def _take_faults(self) -> tuple[Fault, ...]:
+        faults, self._faults = self._faults, []
+        return tuple(faults)
+
+    def _drop(self, name: str) -> None:
+        """The sequence is gone; its pages stay only where others or the cache hold them."""
+        sequence = self._sequences.pop(name, None)
+        if sequence is None:
+            return
+        if name in self._running:
+            self._running.remove(name)
+        self._reserved.discard(name)
+        if name in self._waiting:
+            self._waiting.remove(name)
+        pages, sequence.pages = sequence.pages, []
+        self.pool.release(pages, name)
+        self._wake_followers(name)
+
+    def _preempt(self, name: str) -> None:
+        """Takes all pages from a running sequence; it goes first in the queue, to start again."""
+        sequence = self._sequences[name]
+        pages, sequence.pages = sequence.pages, []
+        self.pool.release(pages, name)
+        sequence.page_names.clear()
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        sequence.remote = False
+        self._running.remove(name)
+        self._waiting.appendleft(name)
+
+    # -- growing
+
+    def _grow(self) -> list[str]:
+        """Gives every running sequence the pages its tokens need, oldest first; returns the
+        preempted ones, youngest first."""
+        preempted: list[str] = []
+        for name in list(self._running):
+            if name in preempted:
+                continue
+            sequence = self._sequences[name]
+            with self._guarded(sequence):
+                while not self._fit(sequence):
+                    victim = self._running[-1]
+                    self._preempt(victim)
+                    preempted.append(victim)
+                    if victim == name:
+                        break
+        return preempted
+
+    def _fit(self, sequence: Sequence) -> bool:
+        missing = self.pool.pages_for(sequence.num_wanted) - len(sequence.pages)
+        slots = self.pool.allocate(max(missing, 0), sequence.name)
+        if slots is None:
+            return False
+        sequence.pages += slots
+        return True
+
+    def _share_budget(self) -> Iterator[tuple[str, int]]:
+        """The rows of each running sequence in this step.
+
+        The fewer tokens a sequence still needs, the earlier its turn: decode rows first. Each may
+        have an equal share of what is left; what a short one does not use goes to the longer ones,
+        so no prompt makes the others wait.
+        """
+        budget = self.limits.max_step_tokens
+        running = [self._sequences[name] for name in self._running]
+        running.sort(key=lambda sequence: sequence.num_remaining)
+        for position, sequence in enumerate(running):
+            share = -(-budget // (len(running) - position))
+            count = min(sequence.num_remaining, self.limits.chunk_tokens, share)
+            if count:
+                budget -= count
+                yield sequence.name, count
+
+    # -- admitting
+
+    def _admit(self) -> _Admitted:
+        """Lets waiting sequences in, in order, as long as pages and places last."""
+        admitted = _Admitted()
+        while (
+            self._waiting and len(self._running) + len(self._reserved) < self.limits.max_sequences
+        ):
+            sequence = self._sequences[self._waiting[0]]
+            with self._guarded(sequence):
+                if not self._give_pages(sequence):
+                    break
+                self._waiting.popleft()
+                self._start(sequence, admitted)
+        return admitted
+
+    def _start(self, sequence: Sequence, admitted: _Admitted) -> None:
+        """Puts an admitted sequence where it belongs: reserved, done already, or running."""
+        admitted.admissions.append(Admission(sequence.name, sequence.num_computed))
+        admitted.finished_pages += self._announce_cached(sequence)
+        if self._reserve(sequence, admitted):
+            return
+        self._running.append(sequence.name)
+        if sequence.has_prompt:
+            self._wake_followers(sequence.name)
+        if sequence.num_remaining == 0:
+            admitted.finished_pages += self._end_prefill(sequence)
+            admitted.prefilled.append(sequence.name)
+
+    def _give_pages(self, sequence: Sequence) -> bool:
+        """Pages for all tokens of a waiting sequence, cached ones shared; all or nothing.
+
+        Beyond its own need one page per running sequence must stay available, or the newcomer would
+        be the next to be preempted.
+        """
+        names = sequence.shareable_names()
+        cached = self.pool.match(names)
+        missing = self.pool.pages_for(sequence.num_wanted) - len(cached)
+        in_use_after = self.pool.num_idle_among(cached) + missing
+        if in_use_after + len(self._running) > self.pool.num_available:
+            return False
+        self.pool.share(cached, sequence.name)
+        fresh = self.pool.allocate(missing, sequence.name)
+        assert fresh is not None
+        sequence.pages = cached + fresh
+        sequence.page_names = names[: len(cached)]
+        sequence.num_computed = len(cached) * self.pool.page_size
+        if not sequence.num_preemptions:
+            sequence.cached_tokens = sequence.num_computed
+        return True
+
+    def _reserve(self, sequence: Sequence, admitted: _Admitted) -> bool:
+        """Parks a sequence whose pages are to come from a prefill service."""
+        num_tokens = sequence.num_prompt - 1
+        missing = num_tokens - sequence.num_computed
+        if not sequence.remote or missing < max(self.limits.min_remote_tokens, 1):
+            return False
+        num_cached = len(sequence.page_names)
+        slots = sequence.pages[num_cached : self.pool.pages_for(num_tokens)]
+        for slot in slots:
+            self.pool.ledger.begin_write(slot)
+        self._writing[sequence.name] = slots
+        self._reserved.add(sequence.name)
+        admitted.reservations.append(
+            Reservation(sequence.name, tuple(slots), num_cached, num_tokens)
+        )
+        return True
+
+    def _wake_followers(self, leader: str) -> None:
+        """Sequences of the same prompt can share the leader's pages now."""
+        for name in reversed(self._followers.pop(leader, [])):
+            if name in self._sequences:
+                self._waiting.appendleft(name)
+
+    # -- sealing
+
+    def _seal_full_pages(self, sequence: Sequence) -> list[FinishedPage]:
+        full = sequence.num_computed // self.pool.page_size
+        sealed = [self._seal_next(sequence) for _ in range(len(sequence.page_names), full)]
+        return sealed if sequence.goal is Goal.PREFILL else []
+
+    def _seal_next(self, sequence: Sequence) -> FinishedPage:
+        index = len(sequence.page_names)
+        num_tokens = min(self.pool.page_size, sequence.num_computed - index * self.pool.page_size)
+        name = sequence.name_next_page()
+        slot = sequence.pages[index]
+        self.pool.seal(slot, name, num_tokens)
+        return self._announce(sequence, index, slot, num_tokens, name)
+
+    def _announce_cached(self, sequence: Sequence) -> list[FinishedPage]:
+        if sequence.goal is not Goal.PREFILL:
+            return []
+        size = self.pool.page_size
+        return [
+            self._announce(sequence, index, sequence.pages[index], size, name)
+            for index, name in enumerate(sequence.page_names)
+        ]
+
+    def _announce(
+        self, sequence: Sequence, index: int, slot: int, num_tokens: int, name: bytes
+    ) -> FinishedPage:
+        if sequence.goal is Goal.PREFILL:
+            self.pool.ledger.begin_read(slot)
+        return FinishedPage(sequence.name, slot, index, num_tokens, name)
+
+    def _end_prefill(self, sequence: Sequence) -> list[FinishedPage]:
+        """Seals the last, partial page and leases all pages under the sequence's name."""
+        rest = []
+        if len(sequence.page_names) * self.pool.page_size < sequence.num_computed:
+            rest.append(self._seal_next(sequence))
+        name = sequence.name
+        self.pool.lease(sequence.pages, name)
+        self._leased[name] = sequence.pages
+        self._running.remove(name)
+        del self._sequences[name]
+        return rest
+
+    # -- plan
+
+    def _rows(self, name: str, count: int) -> PlannedRows:
+        sequence = self._sequences[name]
+        start = sequence.num_computed
+        end = start + count
+        return PlannedRows(
+            name=name,
+            start=start,
+            tokens=tuple(sequence.tokens[start:end]),
+            pages=tuple(sequence.pages[: self.pool.pages_for(end)]),
+            wants_logits=sequence.goal is Goal.GENERATE and end == len(sequence.tokens),
+        )
+
+
+class _Admitted:
+    """What letting sequences in has to tell."""
+
+    def __init__(self) -> None:
+        self.admissions: list[Admission] = []
+        self.reservations: list[Reservation] = []
+        self.finished_pages: list[FinishedPage] = []
+        self.prefilled: list[str] = []

@@ -1,0 +1,187 @@
+"""What both services share: a loaded model, its engine, the page index, a way in and out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import grpc
+from quire.v1 import admin_pb2_grpc
+
+from engine.admission import Capacity
+from engine.core import EngineCore
+from engine.mailbox import AsyncEngine
+from engine.model.load import LoadedModel, load_model
+from engine.progress import default_progress
+from engine.registration import Registration
+from engine.serving.admin import AdminServicer
+from engine.serving.late_handlers import LateHandlers
+from engine.serving.settings import WorkerSettings
+from engine.telemetry.logs import fields
+from engine.telemetry.metrics import Load, Metrics, MetricsServer
+from engine.telemetry.tracing import setup_tracing
+from kvstore.index import PageIndex, WorkerLoad, WorkerRecord, WorkerRole
+from kvstore.index.memory import MemoryPageIndex
+from kvstore.ledger import PageState
+
+BOOT_ID_BYTES = 16
+ADMIN_SERVICE = "quire.v1.AdminService"
+log = logging.getLogger(__name__)
+
+
+class Worker(ABC):
+    """One worker process; a ``Role`` for ``engine.serving.server.serve``.
+
+    ``request_stop`` ends the service as a signal would.
+    """
+
+    name: WorkerRole
+    main_service: str
+
+    def __init__(self, settings: WorkerSettings, request_stop: Callable[[], None]) -> None:
+        self.settings = settings
+        self.boot_id = secrets.token_bytes(BOOT_ID_BYTES)
+        self.metrics = Metrics()
+        self.state = "starting"
+        self.broken = False
+        self.engine: AsyncEngine
+        self.index: PageIndex = _open_index(settings.redis)
+        self._request_stop = request_stop
+        self._handlers = LateHandlers(self.service_names)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._registration: Registration | None = None
+        self._metrics_server: MetricsServer | None = None
+        self._end_tracing = setup_tracing(
+            f"quire-{self.name}",
+            boot_id=self.boot_id.hex(),
+            otlp_endpoint=settings.otlp_endpoint or None,
+            trace_file=settings.trace_file,
+        )
+
+    @property
+    def service_names(self) -> tuple[str, ...]:
+        return (self.main_service, ADMIN_SERVICE)
+
+    @abstractmethod
+    def install(self, loaded: LoadedModel, capacity: Capacity, handlers: LateHandlers) -> None:
+        """Adds the role's own servicers; ``self.engine`` runs."""
+
+    @abstractmethod
+    def queued_tokens(self) -> int:
+        """Prompt tokens waiting or in progress here."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Ends what ``install`` began."""
+
+    def register(self, server: grpc.aio.Server) -> None:
+        server.add_generic_rpc_handlers((self._handlers,))
+
+    async def warm(self, endpoint: str) -> None:
+        settings = self.settings
+        loaded = await asyncio.to_thread(
+            load_model,
+            settings.model,
+            weights=settings.weights,
+            kv=None if settings.kv == "auto" else settings.kv,
+            progress=default_progress(),
+        )
+        core = EngineCore(loaded.model, loaded.tokenizer.token_bytes, settings.core, self.boot_id)
+        self.engine = AsyncEngine(core, self._engine_broke)
+        self.engine.start()
+        capacity = Capacity.of(loaded.model.spec, settings.core.num_pages, settings.page_size)
+        self._registration = Registration(self.index, self.engine, lambda: self._record(endpoint))
+        admin = AdminServicer(
+            self.engine,
+            self.name,
+            state=lambda: self.state,
+            drain=self._request_stop,
+            index_reachable=lambda: self._registration is not None and self._registration.reachable,
+        )
+        self._watch()
+        self.install(loaded, capacity, self._handlers)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._handlers)  # type: ignore[arg-type]
+        self.state = "serving"
+        await self._registration.beat(all_pages=True)
+        self.spawn(self._registration.run())
+        log.info(
+            "loaded",
+            extra=fields(
+                model=loaded.model.spec.name,
+                fingerprint=core.fingerprint.digest.hex(),
+                pages=settings.core.num_pages,
+                tokens=settings.core.num_pages * settings.page_size,
+            ),
+        )
+
+    async def drain(self, timeout_s: float) -> None:
+        self.state = "draining"
+        if self._registration is not None:
+            await self._registration.beat()
+
+    async def release(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._registration is not None:
+            await self.close()
+            await self._registration.leave()
+            await self.engine.stop()
+        await self.index.close()
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.close)
+        await asyncio.to_thread(self._end_tracing)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs ``work`` until the worker is released."""
+        self._tasks.append(asyncio.create_task(work))
+
+    async def _record(self, endpoint: str) -> WorkerRecord:
+        core = self.engine.core
+        scheduler = core.scheduler
+        return WorkerRecord(
+            boot_id=self.boot_id.hex(),
+            role=self.name,
+            endpoint=endpoint,
+            fingerprint=core.fingerprint.digest.hex(),
+            model=core.model.spec.name,
+            load=WorkerLoad(
+                running=scheduler.num_running,
+                waiting=scheduler.num_waiting,
+                queued_tokens=self.queued_tokens(),
+                free_pages=core.pool.num_available,
+                total_pages=core.pool.num_pages,
+            ),
+            state="draining" if self.state == "draining" else "serving",
+        )
+
+    def _watch(self) -> None:
+        core = self.engine.core
+
+        def load() -> Load:
+            pages = {str(state): core.pool.ledger.count(state) for state in PageState}
+            return Load(core.scheduler.num_running, core.scheduler.num_waiting, pages)
+
+        self.metrics.watch(load)
+        if self.settings.metrics_port >= 0:
+            self._metrics_server = MetricsServer(
+                self.metrics, self.settings.host, self.settings.metrics_port
+            )
+            log.info("metrics", extra=fields(port=self._metrics_server.port))
+
+    def _engine_broke(self) -> None:
+        """The engine's state is unknown: let a supervisor start another process."""
+        self.broken = True
+        self._request_stop()
+
+
+def _open_index(url: str) -> PageIndex:
+    if not url:
+        return MemoryPageIndex()
+    from kvstore.index.redis import RedisPageIndex
+
+    return RedisPageIndex(url)

@@ -1,0 +1,1 @@
+"""The prefill service: prompt in, pages out. No sampling. Imports nothing of decode_svc."""

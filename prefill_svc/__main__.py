@@ -1,0 +1,50 @@
+"""``python -m prefill_svc``: runs a prefill service."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from engine.model.load import LoadedModel
+from quire.v1 import prefill_pb2_grpc
+
+from engine.admission import Capacity
+from engine.config import settings_from_command_line
+from engine.serving.late_handlers import LateHandlers
+from engine.serving.process import run_worker
+from engine.serving.worker import Worker
+from prefill_svc.config import PrefillSettings
+from prefill_svc.handovers import Handovers
+from prefill_svc.servicer import PrefillServicer
+
+
+class PrefillWorker(Worker):
+    """The prefill role."""
+
+    name = "prefill"
+    main_service = "quire.v1.PrefillService"
+    settings: PrefillSettings
+    _servicer: PrefillServicer
+
+    def install(self, loaded: LoadedModel, capacity: Capacity, handlers: LateHandlers) -> None:
+        handovers = Handovers(self.settings.lease_s, time.monotonic)
+        self._servicer = PrefillServicer(
+            self.engine, capacity, self.settings, handovers, self.metrics
+        )
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self._servicer, handlers)  # type: ignore[arg-type]
+        self.spawn(handovers.reap())
+
+    def queued_tokens(self) -> int:
+        return self._servicer.queued_tokens
+
+    async def drain(self, timeout_s: float) -> None:
+        self._servicer.draining = True
+        await super().drain(timeout_s)
+
+    async def close(self) -> None:
+        """Leases end with the process: whoever still reads is served by ``drain``."""
+
+
+if __name__ == "__main__":
+    settings = settings_from_command_line(PrefillSettings, "quire prefill")
+    sys.exit(run_worker(PrefillWorker, settings))

@@ -1,0 +1,82 @@
+"""Handovers of this worker: the current attempt of each request, and the leases left to end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.errors import StaleAttempt
+
+
+@dataclass(slots=True)
+class _Handover:
+    attempt: int
+    cancel: Callable[[], None]
+    expires: float | None = None
+
+
+class Handovers:
+    """One entry per request; a newer attempt ends an older one, an older one has no effect.
+
+    After the commit the pages stay leased until ``release`` or for ``lease_s`` seconds of this
+    process's own monotonic clock.
+    """
+
+    def __init__(self, lease_s: float, clock: Callable[[], float]) -> None:
+        self.lease_s = lease_s
+        self._clock = clock
+        self._current: dict[bytes, _Handover] = {}
+
+    def __len__(self) -> int:
+        return len(self._current)
+
+    def begin(self, request_id: bytes, attempt: int, cancel: Callable[[], None]) -> None:
+        """Registers an attempt; ``cancel`` frees what it holds. Raises StaleAttempt."""
+        known = self._current.get(request_id)
+        if known is not None:
+            if known.attempt >= attempt:
+                raise StaleAttempt(f"attempt {attempt} is not newer than {known.attempt}")
+            known.cancel()
+        self._current[request_id] = _Handover(attempt, cancel)
+
+    def committed(self, request_id: bytes, attempt: int) -> None:
+        """Everything was sent: the lease's time begins."""
+        known = self._current.get(request_id)
+        if known is not None and known.attempt == attempt:
+            known.expires = self._clock() + self.lease_s
+
+    def abandon(self, request_id: bytes, attempt: int) -> None:
+        """The attempt ended without a commit; its pages are freed elsewhere."""
+        known = self._current.get(request_id)
+        if known is not None and known.attempt == attempt and known.expires is None:
+            del self._current[request_id]
+
+    def release(self, request_id: bytes, attempt: int) -> bool:
+        """Ends an attempt's hold on its pages. False if nothing was held. Raises StaleAttempt."""
+        known = self._current.get(request_id)
+        if known is None:
+            return False
+        if known.attempt > attempt:
+            raise StaleAttempt(f"attempt {attempt} was replaced by {known.attempt}")
+        del self._current[request_id]
+        known.cancel()
+        return True
+
+    def expire(self) -> int:
+        """Ends leases whose time is over; returns how many."""
+        now = self._clock()
+        over = [
+            (request_id, known.attempt)
+            for request_id, known in self._current.items()
+            if known.expires is not None and known.expires <= now
+        ]
+        for request_id, attempt in over:
+            self.release(request_id, attempt)
+        return len(over)
+
+    async def reap(self) -> None:
+        """Expires leases until cancelled."""
+        while True:
+            await asyncio.sleep(self.lease_s / 4)
+            self.expire()

@@ -1,0 +1,158 @@
+"""PrefillService over gRPC: protobuf to domain values and back, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from quire.v1 import prefill_pb2 as pb
+from quire.v1 import prefill_pb2_grpc
+
+from engine.admission import Capacity, check_prompt
+from engine.errors import HandoverRejected, InvalidRequest, ResourceExhausted, ShuttingDown
+from engine.generation import PrefillTask
+from engine.mailbox import AsyncEngine, Mailbox
+from engine.outputs import Admitted
+from engine.serving.status import maps_errors
+from engine.telemetry.metrics import Metrics
+from kvstore.fingerprint import LayoutFingerprint
+from kvstore.page import Commit, PageFrame
+from kvstore.transports.grpc_wire import (
+    WireError,
+    commit_to_wire,
+    fingerprint_from_wire,
+    frame_to_wire,
+)
+from prefill_svc.config import PrefillSettings
+from prefill_svc.export import Export, Message
+from prefill_svc.handovers import Handovers
+
+_REQUEST_ID_BYTES = 16
+_MAX_TENANT = 128
+_MAX_OUTPUTS = 1_000_000  # bounded by the prompt's own length
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
+    """Runs prompts and streams their pages."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        capacity: Capacity,
+        settings: PrefillSettings,
+        handovers: Handovers,
+        metrics: Metrics,
+    ) -> None:
+        self._engine = engine
+        self._capacity = capacity
+        self._settings = settings
+        self._handovers = handovers
+        self._metrics = metrics
+        self.draining = False
+        self.num_active = 0
+        self.queued_tokens = 0
+
+    @maps_errors
+    async def Prefill(
+        self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.PrefillResponse]:
+        prompt_ids = self._admit(request)
+        name = f"{request.request_id.hex()}/{request.attempt}"
+        self._handovers.begin(
+            request.request_id, request.attempt, lambda: self._engine.worker.cancel(name)
+        )
+        mailbox = self._engine.open([name], _MAX_OUTPUTS)
+        self.num_active += 1
+        self.queued_tokens += len(prompt_ids)
+        try:
+            self._engine.submit([PrefillTask(name, prompt_ids, request.tenant)])
+            async for response in self._responses(request, mailbox):
+                yield response
+            self._handovers.committed(request.request_id, request.attempt)
+            self._engine.detach(mailbox)
+        finally:
+            self.num_active -= 1
+            self.queued_tokens -= len(prompt_ids)
+            self._engine.close(mailbox)
+            self._handovers.abandon(request.request_id, request.attempt)
+
+    @maps_errors
+    async def ReleasePages(
+        self, request: pb.ReleasePagesRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ReleasePagesResponse:
+        released = self._handovers.release(request.request_id, request.attempt)
+        return pb.ReleasePagesResponse(released=released)
+
+    def _admit(self, request: pb.PrefillRequest) -> tuple[int, ...]:
+        """The prompt, if this worker can and may run it now."""
+        if len(request.request_id) != _REQUEST_ID_BYTES:
+            raise InvalidRequest(
+                "request_id", f"it has {len(request.request_id)} bytes", f"{_REQUEST_ID_BYTES}"
+            )
+        if request.attempt < 1:
+            raise InvalidRequest("attempt", "it is 0", "1 or more")
+        if len(request.tenant) > _MAX_TENANT:
+            raise InvalidRequest("tenant", "it is too long", f"0 to {_MAX_TENANT} characters")
+        if request.kv_group != 0:
+            raise InvalidRequest("kv_group", f"it is {request.kv_group}", "0")
+        names = [transport.name for transport in request.transports]
+        if names and "grpc" not in names:
+            raise InvalidRequest("transports", f"only {', '.join(names)}", "grpc")
+        self._check_fingerprint(request)
+        check_prompt(request.token_ids, self._capacity)
+        present = request.num_pages_present * self._engine.core.settings.page_size
+        if present > len(request.token_ids) - 1:
+            raise InvalidRequest(
+                "num_pages_present", f"{request.num_pages_present}", "full pages of the prompt"
+            )
+        self._check_load(len(request.token_ids))
+        return tuple(request.token_ids)
+
+    def _check_fingerprint(self, request: pb.PrefillRequest) -> None:
+        try:
+            theirs: LayoutFingerprint = fingerprint_from_wire(request.fingerprint)
+        except WireError as error:
+            raise HandoverRejected(str(error)) from None
+        ours = self._engine.core.fingerprint
+        if theirs != ours:
+            raise HandoverRejected(f"layout fingerprints differ: {ours.differences(theirs)}")
+
+    def _check_load(self, num_tokens: int) -> None:
+        settings = self._settings
+        if self.draining:
+            raise ShuttingDown("the service is draining")
+        if self.num_active >= settings.max_requests:
+            raise ResourceExhausted(f"{self.num_active} prompts are in progress")
+        if self.num_active and self.queued_tokens + num_tokens > settings.max_queued_tokens:
+            raise ResourceExhausted(f"{self.queued_tokens} prompt tokens are in progress")
+
+    async def _responses(
+        self, request: pb.PrefillRequest, mailbox: Mailbox
+    ) -> AsyncIterator[pb.PrefillResponse]:
+        num_tokens = len(request.token_ids) - 1
+        export = Export(self._engine, mailbox, num_tokens, request.num_pages_present)
+        messages = export.messages()
+        try:
+            async for message in messages:
+                yield self._to_wire(message)
+        finally:
+            await messages.aclose()
+
+    def _to_wire(self, message: Message) -> pb.PrefillResponse:
+        match message:
+            case Admitted():
+                accepted = pb.PrefillAccepted(
+                    boot_id=self._engine.core.boot_id,
+                    cached_tokens=message.cached_tokens,
+                    lease_s=self._handovers.lease_s,
+                )
+                return pb.PrefillResponse(accepted=accepted)
+            case PageFrame():
+                self._metrics.handover_bytes.inc(len(message.payload))
+                return pb.PrefillResponse(frame=frame_to_wire(message))
+            case Commit():
+                self._metrics.handovers.labels("committed").inc()
+                return pb.PrefillResponse(commit=commit_to_wire(message))
+            case int():
+                return pb.PrefillResponse(progress=pb.PrefillProgress(num_tokens=message))
