@@ -7,8 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
-from quire.v1 import admin_pb2 as pb
-from quire.v1 import admin_pb2_grpc
 
 from engine.core import EngineCore
 from engine.mailbox import AsyncEngine
@@ -16,6 +14,8 @@ from engine.serving.status import maps_errors
 from kvstore.ledger import PageRecord, PageState
 from kvstore.pool import PagePool
 from kvstore.transports.grpc_wire import fingerprint_to_wire
+from quire.v1 import admin_pb2 as pb
+from quire.v1 import admin_pb2_grpc
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):

@@ -7,10 +7,10 @@ import logging
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
+from dataclasses import asdict
 from typing import Any
 
 import grpc
-from quire.v1 import admin_pb2_grpc
 
 from engine.admission import Capacity
 from engine.core import EngineCore
@@ -27,6 +27,7 @@ from engine.telemetry.tracing import setup_tracing
 from kvstore.index import PageIndex, WorkerLoad, WorkerRecord, WorkerRole
 from kvstore.index.memory import MemoryPageIndex
 from kvstore.ledger import PageState
+from quire.v1 import admin_pb2_grpc
 
 BOOT_ID_BYTES = 16
 ADMIN_SERVICE = "quire.v1.AdminService"
@@ -164,7 +165,9 @@ class Worker(ABC):
 
         def load() -> Load:
             pages = {str(state): core.pool.ledger.count(state) for state in PageState}
-            return Load(core.scheduler.num_running, core.scheduler.num_waiting, pages)
+            return Load(
+                core.scheduler.num_running, core.scheduler.num_waiting, pages, asdict(core.totals)
+            )
 
         self.metrics.watch(load)
         if self.settings.metrics_port >= 0:
