@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from engine.model.load import LoadedModel
-from quire.v1 import inference_pb2_grpc
 
 from decode_svc.admission import Admission
 from decode_svc.config import DecodeSettings
@@ -17,6 +16,7 @@ from engine.config import settings_from_command_line
 from engine.serving.late_handlers import LateHandlers
 from engine.serving.process import run_worker
 from engine.serving.worker import Worker
+from quire.v1 import inference_pb2_grpc
 
 
 class DecodeWorker(Worker):

@@ -14,8 +14,6 @@ from collections.abc import Awaitable
 from dataclasses import dataclass
 
 import grpc
-from quire.v1 import prefill_pb2 as pb
-from quire.v1 import prefill_pb2_grpc
 
 from decode_svc.workers import PrefillWorkers
 from engine.lifecycle import Lifecycle
@@ -33,6 +31,8 @@ from kvstore.transports.grpc_wire import (
     fingerprint_to_wire,
     frame_from_wire,
 )
+from quire.v1 import prefill_pb2 as pb
+from quire.v1 import prefill_pb2_grpc
 
 FIRST_ATTEMPT = 1
 RELEASE_TIMEOUT_S = 2.0
@@ -107,7 +107,7 @@ class IntakeDesk:
             return False
         self._tell(self._offer(wanted, reservation, worker))
         try:
-            with stage_span(Lifecycle.HANDOVER) as span:
+            with stage_span(Lifecycle.HANDOVER) as span, self._metrics.handover_seconds.time():
                 span.set_attribute("quire.worker", worker.boot_id)
                 num_bytes = await self._pull(wanted, reservation, worker)
                 span.set_attribute("quire.bytes", num_bytes)

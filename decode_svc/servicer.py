@@ -9,14 +9,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import grpc
-from quire.v1 import inference_pb2 as pb
-from quire.v1 import inference_pb2_grpc
 
-from decode_svc.admission import Admission, Ticket
+from decode_svc.admission import Admission
 from decode_svc.config import DecodeSettings
 from decode_svc.intake import IntakeDesk, Wanted
 from engine.admission import Capacity
-from engine.completion import Delta, Finished, StreamItem
+from engine.completion import Delta, StreamItem
 from engine.errors import DeadlineExceeded, InvalidRequest, ModelError
 from engine.lifecycle import Lifecycle
 from engine.mailbox import AsyncEngine
@@ -24,12 +22,27 @@ from engine.prompts import Prompt, encode_prompt
 from engine.request import Request
 from engine.serving.deadline import remaining_s
 from engine.serving.status import maps_errors
+from engine.telemetry.attributes import (
+    GEN_AI_OPERATION_NAME,
+    GEN_AI_PROVIDER_NAME,
+    GEN_AI_REQUEST_CHOICE_COUNT,
+    GEN_AI_REQUEST_MAX_TOKENS,
+    GEN_AI_REQUEST_MODEL,
+    GEN_AI_REQUEST_SEED,
+    GEN_AI_REQUEST_TEMPERATURE,
+    GEN_AI_REQUEST_TOP_K,
+    GEN_AI_REQUEST_TOP_P,
+    GEN_AI_RESPONSE_ID,
+    GEN_AI_USAGE_INPUT_TOKENS,
+)
 from engine.telemetry.metrics import Metrics
-from engine.telemetry.tracing import current_context, stage_span
+from engine.telemetry.tracing import Attributes, current_context, stage_span
 from engine.tokenizer import Tokenizer
 from engine.wire import item_to_wire, prompt_from_wire, sampling_from_wire
 from kvstore.index import PageIndex, PageIndexError
 from kvstore.transports.grpc_wire import fingerprint_to_wire
+from quire.v1 import inference_pb2 as pb
+from quire.v1 import inference_pb2_grpc
 
 MAX_LABEL = 128
 
@@ -61,16 +74,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.GenerateResponse]:
-        budget_s = remaining_s(context, self._settings.max_request_s)
-        with stage_span(Lifecycle.ADMIT) as span:
-            self._admission.check_open()
-            job = await self._job(request, time.monotonic() + budget_s)
-            span.set_attribute("gen_ai.usage.input_tokens", len(job.prompt_ids))
-            span.set_attribute("quire.request_id", job.request_id.hex())
-        with self._admission.admit(len(job.prompt_ids)) as ticket:
-            async for item in _until(job.stream(self._engine), budget_s):
-                self._see(item, ticket)
-                yield item_to_wire(item)
+        with self._metrics.counted():
+            async for response in self._generate(request, context):
+                yield response
 
     @maps_errors
     async def Tokenize(
@@ -93,6 +99,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             max_prompt_tokens=self._capacity.max_prompt_tokens,
             peers=await self._peers(),
         )
+
+    async def _generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        budget_s = remaining_s(context, self._settings.max_request_s)
+        with stage_span(Lifecycle.ADMIT) as span:
+            self._admission.check_open()
+            job = await self._job(request, time.monotonic() + budget_s)
+            span.set_attributes(self._attributes_of(job))
+        with self._admission.admit(len(job.prompt_ids)) as ticket:
+            async for item in _until(job.stream(self._engine), budget_s):
+                if isinstance(item, Delta):
+                    ticket.first_token()
+                self._metrics.see(item)
+                yield item_to_wire(item)
 
     async def _job(self, request: pb.GenerateRequest, deadline: float) -> Request:
         """The request as the engine takes it. Raises InvalidRequest."""
@@ -119,6 +140,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             job.intake = functools.partial(self._desk.fill, wanted)
         return job
 
+    def _attributes_of(self, job: Request) -> Attributes:
+        params = job.params
+        assert params.seed is not None
+        return {
+            GEN_AI_OPERATION_NAME: "text_completion",
+            GEN_AI_PROVIDER_NAME: "quire",
+            GEN_AI_REQUEST_MODEL: self._engine.core.model.spec.name,
+            GEN_AI_REQUEST_CHOICE_COUNT: params.n,
+            GEN_AI_REQUEST_MAX_TOKENS: params.max_tokens or 0,
+            GEN_AI_REQUEST_TEMPERATURE: params.temperature,
+            GEN_AI_REQUEST_TOP_P: params.top_p,
+            GEN_AI_REQUEST_TOP_K: params.top_k,
+            GEN_AI_REQUEST_SEED: str(params.seed),  # 64 bits do not fit the signed attribute
+            GEN_AI_RESPONSE_ID: job.request_id.hex(),
+            GEN_AI_USAGE_INPUT_TOKENS: len(job.prompt_ids),
+        }
+
     async def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Long text is tokenized beside the event loop."""
         return await asyncio.to_thread(encode_prompt, prompt, self._tokenizer)
@@ -136,16 +174,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             if worker.fingerprint == core.fingerprint.digest.hex()
             and worker.boot_id != core.boot_id.hex()
         ]
-
-    def _see(self, item: StreamItem, ticket: Ticket) -> None:
-        match item:
-            case Delta():
-                ticket.first_token()
-                self._metrics.output_tokens.inc(len(item.token_ids))
-            case Finished():
-                self._metrics.see_finished(item)
-            case _:
-                pass
 
 
 async def _until(

@@ -88,7 +88,8 @@ class EngineCore:
         self._sealed: dict[int, SealedPage] = {}
         self._events: list[Event] = []
         self._outputs: list[Output] = []
-        self.last_step: StepStats | None = None
+        self.last_step = StepStats()
+        self.totals = StepStats()
 
     def submit(self, tasks: Iterable[Task]) -> None:
         """Takes tasks in at the next step; several at once join as one batch."""
@@ -135,6 +136,7 @@ class EngineCore:
         self._outputs += [Prefilled(name) for name in effects.prefilled]
         self._publish_faults(effects.faults)
         self.last_step = self._stats(plan.rows, ended - started)
+        self.totals += self.last_step
 
     def _forward(self, rows: Sequence[PlannedRows]) -> dict[str, np.ndarray | EngineFault | None]:
         """Logits ``[vocab_size]`` of each sequence's last row if wanted, or why there are none."""
@@ -220,11 +222,13 @@ class EngineCore:
 
     def _stats(self, rows: Sequence[PlannedRows], elapsed_ns: int) -> StepStats:
         context = sum(row.start + len(row.tokens) for row in rows)
+        num_rows = sum(len(row.tokens) for row in rows)
         return StepStats(
-            num_sequences=len(rows),
-            num_rows=sum(len(row.tokens) for row in rows),
-            bytes_moved=self.model.spec.weight_bytes + context * self.layout.token_bytes,
-            seconds=elapsed_ns / 1e9,
+            steps=1,
+            step_rows=num_rows,
+            prompt_rows=num_rows - sum(row.wants_logits for row in rows),
+            step_bytes=self.model.spec.weight_bytes + context * self.layout.token_bytes,
+            step_time=elapsed_ns / 1e9,
         )
 
     def _hasher(self, tenant: str) -> PrefixHasher:

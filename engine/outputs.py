@@ -91,9 +91,23 @@ Output = (
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """One step's size and cost; ``bytes_moved`` is what it had to read of weights and KV."""
+    """What steps did and cost: one step, or a sum of them.
 
-    num_sequences: int
-    num_rows: int
-    bytes_moved: int
-    seconds: float
+    ``step_bytes`` is what they had to read of weights and KV (design, law 8); prompt rows are those
+    whose logits nobody wanted.
+    """
+
+    steps: int = 0
+    step_rows: int = 0
+    prompt_rows: int = 0
+    step_bytes: int = 0
+    step_time: float = 0.0
+
+    def __add__(self, other: StepStats) -> StepStats:
+        return StepStats(
+            self.steps + other.steps,
+            self.step_rows + other.step_rows,
+            self.prompt_rows + other.prompt_rows,
+            self.step_bytes + other.step_bytes,
+            self.step_time + other.step_time,
+        )

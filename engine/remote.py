@@ -6,8 +6,6 @@ import itertools
 from collections.abc import AsyncGenerator, Sequence
 
 import grpc
-from quire.v1 import inference_pb2 as pb
-from quire.v1 import inference_pb2_grpc
 
 from engine.client import AsyncClient, BlockingClient, LoopThread
 from engine.completion import StreamItem
@@ -17,6 +15,8 @@ from engine.sampling_params import SamplingParams
 from engine.serving.channels import open_channel
 from engine.serving.status import from_rpc_error
 from engine.wire import item_from_wire, prompt_to_wire, sampling_to_wire, tokenize_to_wire
+from quire.v1 import inference_pb2 as pb
+from quire.v1 import inference_pb2_grpc
 
 DEFAULT_TIMEOUT_S = 600.0
 

@@ -30,7 +30,13 @@ from engine.outputs import (
     TokenOutput,
 )
 from engine.sampling_params import SamplingParams
-from engine.telemetry.tracing import record_stage
+from engine.telemetry.attributes import (
+    GEN_AI_RESPONSE_FINISH_REASONS,
+    GEN_AI_RESPONSE_ID,
+    GEN_AI_USAGE_CACHED_TOKENS,
+    GEN_AI_USAGE_OUTPUT_TOKENS,
+)
+from engine.telemetry.tracing import Attributes, record_stage
 
 REQUEST_ID_BYTES = 16
 
@@ -46,6 +52,7 @@ class _Times:
     got_pages: int = 0
     joined: int = 0
     first_token: int = 0
+    ended: int = 0
 
 
 @dataclass(slots=True)
@@ -79,6 +86,7 @@ class Request:
                 yield item
         finally:
             await run.close()
+            run.record_finish()
 
     def tasks(self) -> list[GenerateTask]:
         """One task per choice; all but the first wait to share the first one's prompt pages."""
@@ -109,6 +117,7 @@ class _Run:
         self._times = _Times(admitted=time.time_ns())
         self._counts = dict.fromkeys(request.names, 0)
         self._unfinished = set(request.names)
+        self._finish_reasons: dict[str, str] = {}
         self._cached_tokens = 0
         self._handed_over = 0
         self._num_preemptions = 0
@@ -134,10 +143,20 @@ class _Run:
 
     async def close(self) -> None:
         """Ends the intake first: it must not write once the pages are somebody else's."""
+        self._times.ended = time.time_ns()
         if self._intake is not None:
             self._intake.cancel()
             await asyncio.gather(self._intake, return_exceptions=True)
         self._engine.close(self._mailbox)
+
+    def record_finish(self) -> None:
+        """Tells the trace how every choice ended; ``unfinished`` ones were cancelled or failed."""
+        reasons = [self._finish_reasons.get(name, "unfinished") for name in self._request.names]
+        attributes = {
+            GEN_AI_RESPONSE_ID: self._request.request_id.hex(),
+            GEN_AI_RESPONSE_FINISH_REASONS: reasons,
+        }
+        self._record(Lifecycle.FINISH, self._times.ended, time.time_ns(), attributes)
 
     def _take(self, output: Output) -> Delta | None:
         match output:
@@ -164,7 +183,7 @@ class _Run:
             Lifecycle.QUEUE,
             self._times.admitted,
             self._times.got_pages,
-            {"quire.cached_tokens": cached_tokens},
+            {GEN_AI_USAGE_CACHED_TOKENS: cached_tokens},
         )
 
     def _chunk_done(self, chunk: ChunkDone) -> None:
@@ -187,6 +206,7 @@ class _Run:
         self._counts[output.name] += 1
         if output.finish is not None:
             self._unfinished.discard(output.name)
+            self._finish_reasons[output.name] = str(output.finish)
         return Delta(
             choice_index=self._request.names.index(output.name),
             first_index=first_index,
@@ -206,7 +226,10 @@ class _Run:
         times, now = self._times, time.time_ns()
         num_output = sum(self._counts.values())
         self._record(
-            Lifecycle.DECODE, times.first_token, now, {"gen_ai.usage.output_tokens": num_output}
+            Lifecycle.DECODE,
+            times.first_token,
+            now,
+            {GEN_AI_USAGE_OUTPUT_TOKENS: num_output, "quire.preemptions": self._num_preemptions},
         )
         joined = times.joined or times.first_token
         timings = Timings(
@@ -232,6 +255,6 @@ class _Run:
         return "cached" if self._cached_tokens and rest < page_size else "local"
 
     def _record(
-        self, stage: Lifecycle, started_ns: int, ended_ns: int, attributes: dict[str, int]
+        self, stage: Lifecycle, started_ns: int, ended_ns: int, attributes: Attributes
     ) -> None:
         record_stage(stage, started_ns, ended_ns, self._request.parent, attributes)

@@ -65,6 +65,7 @@ class _Child:
         with self.log_path.open("a") as log_file:
             self.process = subprocess.Popen(
                 command,
+                env=os.environ | {"GRPC_VERBOSITY": "NONE"},  # gRPC reports what we handle
                 stdout=subprocess.PIPE,
                 stderr=log_file,
                 stdin=subprocess.DEVNULL,

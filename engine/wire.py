@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from quire.v1 import inference_pb2 as pb
-
 from engine.chat_template import ChatMessage
 from engine.completion import (
     Delta,
@@ -24,6 +22,7 @@ from engine.errors import InvalidRequest
 from engine.finish import FinishReason
 from engine.prompts import Prompt
 from engine.sampling_params import SamplingParams
+from quire.v1 import inference_pb2 as pb
 
 _SCALARS = (
     "temperature",

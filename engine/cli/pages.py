@@ -9,13 +9,13 @@ import sys
 from typing import Any
 
 import grpc
-from quire.v1 import admin_pb2 as pb
-from quire.v1 import admin_pb2_grpc
 
 from engine.errors import PeerUnavailable
 from engine.serving.channels import open_channel
 from engine.serving.status import from_rpc_error
 from engine.state import read_up_state, state_dir
+from quire.v1 import admin_pb2 as pb
+from quire.v1 import admin_pb2_grpc
 
 TIMEOUT_S = 10.0
 _COUNTS = ("total", "free", "filling", "sealed", "quarantined", "cached_only")
