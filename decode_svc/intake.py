@@ -19,7 +19,7 @@ from decode_svc.workers import PrefillWorkers
 from engine.lifecycle import Lifecycle
 from engine.mailbox import AsyncEngine
 from engine.outputs import Reserved
-from engine.scheduler import Landed, Reservation, WritesEnded
+from engine.scheduler import Landed, Reservation
 from engine.telemetry.metrics import Metrics
 from engine.telemetry.tracing import stage_span
 from kvstore.index import HandoverRecord, HandoverState, PageIndex, PageIndexError, WorkerRecord
@@ -83,11 +83,7 @@ class IntakeDesk:
     async def fill(self, wanted: Wanted, reserved: Reserved) -> int:
         """Fills reserved pages from a prefill worker; returns how many tokens came that way."""
         reservation = reserved.reservation
-        try:
-            landed = await self._hand_over(wanted, reservation)
-        except BaseException:
-            self._engine.worker.post(WritesEnded(reserved.name))
-            raise
+        landed = await self._hand_over(wanted, reservation)
         num_here = reservation.num_cached_pages * self._engine.core.settings.page_size
         num_tokens = reservation.num_tokens if landed else num_here
         self._engine.worker.post(Landed(reserved.name, num_tokens))

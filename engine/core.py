@@ -111,17 +111,26 @@ class EngineCore:
         """No more output for a sequence; its cancellation is a matter of the scheduler."""
         self._generations.pop(name, None)
 
-    def step(self) -> tuple[bool, list[Output]]:
-        """One turn of the loop. Returns whether there is more to do at once, and the outputs."""
+    def step(self, deliver: Callable[[list[Output]], None]) -> bool:
+        """One turn of the loop; whether there is more to do at once.
+
+        Outputs are delivered before the model runs and after: a reservation need not wait for it.
+        """
         events, self._events = self._events, []
-        self._outputs = []
         plan = self.scheduler.plan(events)
         self._publish_plan(plan)
+        self._deliver(deliver)
         if plan.rows:
             self._run(plan)
+            self._deliver(deliver)
         if self.settings.check_pages:
             self.pool.check()
-        return bool(plan.rows or plan.preempted), self._outputs
+        return bool(plan.rows or plan.preempted)
+
+    def _deliver(self, deliver: Callable[[list[Output]], None]) -> None:
+        outputs, self._outputs = self._outputs, []
+        if outputs:
+            deliver(outputs)
 
     # -- run
 

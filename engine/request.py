@@ -6,10 +6,12 @@ Both users of an engine, ``LocalEngine`` and the decode service, run their reque
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from opentelemetry.context import Context
 
@@ -30,6 +32,7 @@ from engine.outputs import (
     TokenOutput,
 )
 from engine.sampling_params import SamplingParams
+from engine.scheduler import Landed, WritesEnded
 from engine.telemetry.attributes import (
     GEN_AI_RESPONSE_FINISH_REASONS,
     GEN_AI_RESPONSE_ID,
@@ -39,9 +42,10 @@ from engine.telemetry.attributes import (
 from engine.telemetry.tracing import Attributes, record_stage
 
 REQUEST_ID_BYTES = 16
+log = logging.getLogger(__name__)
 
 Intake = Callable[[Reserved], Awaitable[int]]
-"""Fills reserved pages from elsewhere; returns how many tokens came that way."""
+"""Fills reserved pages from elsewhere, posts that they landed, returns how many tokens came."""
 
 
 @dataclass(slots=True)
@@ -86,7 +90,6 @@ class Request:
                 yield item
         finally:
             await run.close()
-            run.record_finish()
 
     def tasks(self) -> list[GenerateTask]:
         """One task per choice; all but the first wait to share the first one's prompt pages."""
@@ -142,14 +145,19 @@ class _Run:
         yield self._finished()
 
     async def close(self) -> None:
-        """Ends the intake first: it must not write once the pages are somebody else's."""
+        """Gives everything back, first of all and without waiting: the task that closes a request
+        may be cancelled once more. Pages that the intake still writes stay withheld until it ends.
+        """
         self._times.ended = time.time_ns()
-        if self._intake is not None:
-            self._intake.cancel()
-            await asyncio.gather(self._intake, return_exceptions=True)
         self._engine.close(self._mailbox)
+        try:
+            if self._intake is not None:
+                self._intake.cancel()
+                await asyncio.gather(self._intake, return_exceptions=True)
+        finally:
+            self._record_finish()
 
-    def record_finish(self) -> None:
+    def _record_finish(self) -> None:
         """Tells the trace how every choice ended; ``unfinished`` ones were cancelled or failed."""
         reasons = [self._finish_reasons.get(name, "unfinished") for name in self._request.names]
         attributes = {
@@ -162,8 +170,9 @@ class _Run:
         match output:
             case Admitted(name, cached_tokens):
                 self._admitted(name, cached_tokens)
-            case Reserved():
+            case Reserved(reservation):
                 self._intake = asyncio.create_task(self._run_intake(output))
+                self._intake.add_done_callback(partial(self._intake_ended, reservation.name))
             case ChunkDone():
                 self._chunk_done(output)
             case Preempted():
@@ -196,6 +205,13 @@ class _Run:
         assert self._request.intake is not None
         self._handed_over = await self._request.intake(reserved)
         self._times.joined = time.time_ns()
+
+    def _intake_ended(self, name: str, intake: asyncio.Task[None]) -> None:
+        """However it ended, even before it began, nobody writes into the reserved pages now."""
+        if not intake.cancelled() and intake.exception() is not None:
+            log.error("intake failed; the prompt is computed here", exc_info=intake.exception())
+            self._engine.worker.post(Landed(name, 0))
+        self._engine.worker.post(WritesEnded(name))
 
     def _token(self, output: TokenOutput) -> Delta:
         now = time.time_ns()

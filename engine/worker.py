@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
+import torch
+
 from engine.core import EngineCore, Task
 from engine.outputs import Output
 from engine.scheduler import Cancel, Event
+from kernels import dispatch
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -79,12 +82,11 @@ class EngineWorker:
         return future
 
     def _run(self) -> None:
+        _leave_the_cores_to_the_kernels()
         try:
             busy = False
             while self._take_commands(wait=not busy):
-                busy, outputs = self._core.step()
-                if outputs:
-                    self._deliver(outputs)
+                busy = self._core.step(self._deliver)
         except BaseException as error:
             log.exception("the engine loop failed")
             self._on_broken(error)
@@ -100,3 +102,10 @@ class EngineWorker:
                 return False
             command(self._core)
             wait = False
+
+
+def _leave_the_cores_to_the_kernels() -> None:
+    """With native kernels torch only adds and slices on this thread: a second team of threads
+    would spin beside the kernels' own."""
+    if dispatch.backend() == "cpu":
+        torch.set_num_threads(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import subprocess
+import os
 import sys
 from collections.abc import Sequence
 
@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in _PROGRAMS:
         module, _ = _PROGRAMS[arguments[0]]
-        return subprocess.call([sys.executable, "-m", module, *arguments[1:]])
+        # Becomes the program, so that signals sent to this process reach it.
+        os.execv(sys.executable, [sys.executable, "-m", module, *arguments[1:]])
     parser = argparse.ArgumentParser(prog="quire", description="Disaggregated LLM serving.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in _COMMANDS.items():

@@ -76,6 +76,13 @@ class Node:
 
         return await self.worker.engine.call(check)
 
+    def holdings(self) -> list[str]:
+        """Sequences and pages that are still held, in words."""
+        ledger = self.core.pool.ledger
+        pages = [ledger[slot] for slot in range(len(ledger)) if ledger[slot].held]
+        sequences = list(self.core.scheduler._sequences)
+        return [*sequences, *[f"page {page.slot}: {page.reason}" for page in pages]]
+
     async def close(self) -> None:
         self.model.gate.set()
         self.stop.set()
@@ -97,7 +104,10 @@ class Cluster:
     async def balanced(self) -> None:
         """Waits until all pages came back everywhere; fails if they do not."""
         for node in self.nodes:
-            await eventually(node.in_balance)
+            try:
+                await eventually(node.in_balance)
+            except TimeoutError:
+                raise AssertionError(f"{node.worker.name}: {node.holdings()}") from None
 
     async def prefill_known(self) -> None:
         """Waits until the decode services know a prefill worker."""

@@ -1,4 +1,4 @@
-"""One real server for all tests here; each test has its own prefix, or a server of its own."""
+"""Each test has its own prefix on the one server of all tests, or a server of its own."""
 
 from __future__ import annotations
 
@@ -22,12 +22,6 @@ PATIENCE_S = 10.0
 POLL_S = 0.01
 # Long enough that a stall of this machine is not taken for an answer that failed to come.
 CALL_TIMEOUT_S = 5.0
-
-
-@pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as server:
-        yield server
 
 
 @pytest.fixture
