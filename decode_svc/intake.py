@@ -11,7 +11,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -38,6 +40,9 @@ FIRST_ATTEMPT = 1
 RELEASE_TIMEOUT_S = 2.0
 HANDOVER_TTL_S = 60.0
 log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    PrefillCall = grpc.aio.UnaryStreamCall[pb.PrefillRequest, pb.PrefillResponse]
 
 
 class HandoverFailed(Exception):
@@ -105,33 +110,38 @@ class IntakeDesk:
         try:
             with stage_span(Lifecycle.HANDOVER) as span, self._metrics.handover_seconds.time():
                 span.set_attribute("quire.worker", worker.boot_id)
-                num_bytes = await self._pull(wanted, reservation, worker)
+                call = self._call(wanted, reservation, worker)
+                num_bytes = await self._pull(call, wanted, reservation, worker)
                 span.set_attribute("quire.bytes", num_bytes)
         except HandoverFailed as failure:
             log.warning("handover failed request=%s %s", wanted.request_id.hex(), failure)
             self._metrics.handovers.labels(failure.reason).inc()
             if failure.reason != "resource_exhausted":
                 self._workers.failed(worker)
-            self._tell(self._settle(wanted, worker, HandoverState.FAILED))
+            self._tell(self._settle(call, wanted, worker, HandoverState.FAILED))
             return False
         self._metrics.handovers.labels("landed").inc()
         self._metrics.handover_bytes.inc(num_bytes)
-        self._tell(self._settle(wanted, worker, HandoverState.LANDED))
+        self._tell(self._settle(call, wanted, worker, HandoverState.LANDED))
         return True
 
-    async def _pull(self, wanted: Wanted, reservation: Reservation, worker: WorkerRecord) -> int:
-        """Pulls all pages and the commit; returns their bytes. Raises HandoverFailed."""
-        core = self._engine.core
-        stub = prefill_pb2_grpc.PrefillServiceStub(self._workers.channel(worker))
+    def _call(self, wanted: Wanted, reservation: Reservation, worker: WorkerRecord) -> PrefillCall:
         request = pb.PrefillRequest(
             request_id=wanted.request_id,
             attempt=FIRST_ATTEMPT,
             token_ids=wanted.prompt_ids,
             num_pages_present=reservation.num_cached_pages,
-            fingerprint=fingerprint_to_wire(core.fingerprint),
+            fingerprint=fingerprint_to_wire(self._engine.core.fingerprint),
             tenant=wanted.tenant,
         )
-        call = stub.Prefill(request, timeout=wanted.remaining_s)
+        stub = prefill_pb2_grpc.PrefillServiceStub(self._workers.channel(worker))
+        return stub.Prefill(request, timeout=wanted.remaining_s)
+
+    async def _pull(
+        self, call: PrefillCall, wanted: Wanted, reservation: Reservation, worker: WorkerRecord
+    ) -> int:
+        """Pulls all pages and the commit; returns their bytes. Raises HandoverFailed."""
+        core = self._engine.core
         landing = Landing(
             memory=core.memory,
             hasher=PrefixHasher(wanted.tenant, core.fingerprint.digest, core.settings.page_size),
@@ -151,12 +161,13 @@ class IntakeDesk:
             raise HandoverFailed("silent", f"no message for {self._idle_s} s") from error
         except grpc.aio.AioRpcError as error:
             raise HandoverFailed(error.code().name.lower(), error.details() or "") from error
-        finally:
+        except asyncio.CancelledError:
             call.cancel()
+            raise
 
     async def _read(
         self,
-        call: grpc.aio.UnaryStreamCall[pb.PrefillRequest, pb.PrefillResponse],
+        call: PrefillCall,
         landing: Landing,
         worker: WorkerRecord,
     ) -> int:
@@ -192,8 +203,11 @@ class IntakeDesk:
         )
         await self._index.offer_handover(record, HANDOVER_TTL_S)
 
-    async def _settle(self, wanted: Wanted, worker: WorkerRecord, state: HandoverState) -> None:
-        """Tells the owner to drop its lease, and Redis how it ended."""
+    async def _settle(
+        self, call: PrefillCall, wanted: Wanted, worker: WorkerRecord, state: HandoverState
+    ) -> None:
+        """Ends the call, tells the owner to drop its lease, and Redis how it ended."""
+        await _end(call, landed=state is HandoverState.LANDED)
         stub = prefill_pb2_grpc.PrefillServiceStub(self._workers.channel(worker))
         release = pb.ReleasePagesRequest(
             request_id=wanted.request_id,
@@ -217,3 +231,12 @@ class IntakeDesk:
             await message
         except PageIndexError as error:
             log.debug("page index not told: %s", error)
+
+
+async def _end(call: PrefillCall, *, landed: bool) -> None:
+    """After a commit the owner ends the stream itself; anything else is cut off."""
+    if landed:
+        with suppress(TimeoutError, grpc.aio.AioRpcError):
+            async with asyncio.timeout(RELEASE_TIMEOUT_S):
+                await call.read()
+    call.cancel()

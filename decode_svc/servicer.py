@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import grpc
+from opentelemetry.context import Context
 
 from decode_svc.admission import Admission
 from decode_svc.config import DecodeSettings
@@ -104,9 +105,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.GenerateResponse]:
         budget_s = remaining_s(context, self._settings.max_request_s)
+        trace = current_context()
         with stage_span(Lifecycle.ADMIT) as span:
             self._admission.check_open()
-            job = await self._job(request, time.monotonic() + budget_s)
+            job = await self._job(request, trace, time.monotonic() + budget_s)
             span.set_attributes(self._attributes_of(job))
         with self._admission.admit(len(job.prompt_ids)) as ticket:
             async for item in _until(job.stream(self._engine), budget_s):
@@ -115,7 +117,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 self._metrics.see(item)
                 yield item_to_wire(item)
 
-    async def _job(self, request: pb.GenerateRequest, deadline: float) -> Request:
+    async def _job(self, request: pb.GenerateRequest, trace: Context, deadline: float) -> Request:
         """The request as the engine takes it. Raises InvalidRequest."""
         spec = self._engine.core.model.spec
         if request.model and request.model != spec.name:
@@ -133,7 +135,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             capacity=self._capacity,
             tenant=request.tenant,
             output_queue=self._settings.output_queue,
-            parent=current_context(),
+            parent=trace,
         )
         if self._settings.prefill == "auto":
             wanted = Wanted(job.request_id, prompt_ids, request.tenant, deadline)

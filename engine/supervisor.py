@@ -59,7 +59,7 @@ class _Child:
         self.ready.clear()
         self.started = time.monotonic()
         self.restart_at = 0.0
-        command = [sys.executable, "-m", self.plan.module, *self.plan.flags, "--supervised=true"]
+        command = [sys.executable, "-m", self.plan.module, *self.plan.flags, "--supervised"]
         if self.endpoint:
             command.append(f"--port={self.endpoint.rpartition(':')[2]}")
         with self.log_path.open("a") as log_file:
