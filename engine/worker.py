@@ -9,12 +9,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-import torch
-
 from engine.core import EngineCore, Task
 from engine.outputs import Output
 from engine.scheduler import Cancel, Event
-from kernels import dispatch
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -82,7 +79,6 @@ class EngineWorker:
         return future
 
     def _run(self) -> None:
-        _leave_the_cores_to_the_kernels()
         try:
             busy = False
             while self._take_commands(wait=not busy):
@@ -102,10 +98,3 @@ class EngineWorker:
                 return False
             command(self._core)
             wait = False
-
-
-def _leave_the_cores_to_the_kernels() -> None:
-    """With native kernels torch only adds and slices on this thread: a second team of threads
-    would spin beside the kernels' own."""
-    if dispatch.backend() == "cpu":
-        torch.set_num_threads(1)

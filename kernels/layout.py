@@ -81,9 +81,11 @@ def kv_view(memory: torch.Tensor, layout: PageLayout) -> torch.Tensor:
 
 def key_view(kv: torch.Tensor, layer: int, layout: PageLayout) -> torch.Tensor:
     """K of one layer: ``[num_pages, num_kv_heads, page_size // 16, head_dim, 16]``, a view."""
-    return kv[:, layer, :, 0].unflatten(-1, (-1, layout.head_dim, LANES))
+    keys = kv[:, layer, :, 0]
+    return keys.view(*keys.shape[:2], -1, layout.head_dim, LANES)
 
 
 def value_view(kv: torch.Tensor, layer: int, layout: PageLayout) -> torch.Tensor:
     """V of one layer: ``[num_pages, num_kv_heads, page_size, head_dim]``, a view."""
-    return kv[:, layer, :, 1].unflatten(-1, (-1, layout.head_dim))
+    values = kv[:, layer, :, 1]
+    return values.view(*values.shape[:2], -1, layout.head_dim)

@@ -33,7 +33,7 @@ class RaggedBatch:
 
 
 def row_slots(batch: RaggedBatch, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each row's key and value are written: (page slot, offset in page), both ``[T]`` int64."""
+    """Where each row's key and value go: (page slot, offset in page), both ``[T]`` int64."""
     counts = batch.query_starts[1:] - batch.query_starts[:-1]
     owner = torch.repeat_interleave(torch.arange(batch.num_sequences), counts)
     pages = batch.page_tables[owner, batch.positions // page_size].to(torch.int64)

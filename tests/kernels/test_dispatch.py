@@ -87,6 +87,14 @@ def test_an_op_runs_the_module_declared_for_the_back_end(monkeypatch, backend):
         assert dispatch.implementation(op).__name__ == f"kernels.{op}.{declared[backend]}"
 
 
+def test_native_kernels_start_with_the_configured_threads_and_leave_torch_one(monkeypatch):
+    monkeypatch.setenv("QUIRE_KERNELS", "cpu")
+    monkeypatch.setenv("QUIRE_THREADS", "3")
+    torch.set_num_threads(2)
+    dispatch.implementation("linear")
+    assert (_native.num_threads(), torch.get_num_threads()) == (3, 1)
+
+
 def test_every_op_folder_is_in_the_table():
     folders = {path.parent.name for path in Path(kernels.__file__).parent.glob("*/reference.py")}
     assert folders == set(dispatch.IMPLEMENTATIONS)

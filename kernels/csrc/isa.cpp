@@ -1,0 +1,50 @@
+#include "isa.h"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+
+namespace quire {
+
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+
+std::atomic<const Isa*>& chosen() {
+    static std::atomic<const Isa*> isa = &*std::find_if(
+        isas().begin(), isas().end(), [](const Isa& candidate) { return candidate.supported(); });
+    return isa;
+}
+
+}  // namespace
+
+const std::vector<Isa>& isas() {
+    static const std::vector<Isa> all{
+#if defined(__x86_64__)
+        {"avx512", &avx512::kernels, has_avx512},
+        {"avx2", &avx2::kernels, has_avx2},
+#endif
+        {"portable", &portable::kernels, [] { return true; }},
+    };
+    return all;
+}
+
+const Isa& current_isa() { return *chosen().load(); }
+
+void select_isa(const std::string& name) {
+    for (const Isa& isa : isas())
+        if (isa.name == name) {
+            if (!isa.supported()) throw std::invalid_argument("this CPU does not have " + name);
+            chosen().store(&isa);
+            return;
+        }
+    throw std::invalid_argument("no kernels for instruction set " + name);
+}
+
+}  // namespace quire

@@ -1,0 +1,26 @@
+// Which instruction set the kernels of this process use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "ops.h"
+
+namespace quire {
+
+struct Isa {
+    const char* name;
+    const Kernels* kernels;
+    bool (*supported)();  // by this CPU
+};
+
+// All that this build contains, best first; the last one runs everywhere.
+const std::vector<Isa>& isas();
+
+// The chosen one, at first the best supported.
+const Isa& current_isa();
+
+// Throws std::invalid_argument if `name` is unknown or this CPU does not have it.
+void select_isa(const std::string& name);
+
+}  // namespace quire

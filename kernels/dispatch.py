@@ -1,0 +1,111 @@
+"""Which implementation runs an op: chosen once per process, here and nowhere else.
+
+``QUIRE_KERNELS`` names the back end (``reference``: torch; ``cpu``: the native module); without it,
+``cpu`` where the native module was built, else ``reference``. ``QUIRE_ISA`` names the instruction
+set of the native kernels (``avx512``, ``avx2``, ``portable``); without it, the best this CPU has.
+A choice that is not available raises; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+BACKENDS = ("reference", "cpu")
+
+# The module of each op's folder that runs under each back end. Under `cpu`, gathers and rotations
+# stay in torch: copies and single IEEE operations have the same bits however they are vectorised.
+IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "embedding": {"reference": "reference", "cpu": "reference"},
+    "kv_write": {"reference": "reference", "cpu": "cpu_kernel"},
+    "linear": {"reference": "reference", "cpu": "cpu_kernel"},
+    "paged_attention": {"reference": "reference", "cpu": "cpu_kernel"},
+    "rms_norm": {"reference": "reference", "cpu": "cpu_kernel"},
+    "rope": {"reference": "reference", "cpu": "reference"},
+    "silu_mul": {"reference": "reference", "cpu": "cpu_kernel"},
+}
+
+# Raised whenever a kernel's bits change, so that workers of different releases do not share pages.
+_REVISION = 1
+
+
+class KernelUnavailable(RuntimeError):
+    """The back end or instruction set asked for cannot run in this process."""
+
+
+@cache
+def backend() -> str:
+    """Name of the back end of this process. Raises ``ValueError`` or ``KernelUnavailable``."""
+    chosen = os.environ.get("QUIRE_KERNELS")
+    if chosen is None:
+        return "cpu" if _native_problem() is None else "reference"
+    if chosen not in BACKENDS:
+        raise ValueError(f"QUIRE_KERNELS must be one of {', '.join(BACKENDS)}, not {chosen!r}")
+    if chosen == "cpu" and (problem := _native_problem()) is not None:
+        raise KernelUnavailable(f"QUIRE_KERNELS=cpu: {problem}")
+    return chosen
+
+
+@cache
+def isa() -> str:
+    """Instruction set of the native kernels. Raises ``ValueError`` or ``KernelUnavailable``."""
+    chosen = os.environ.get("QUIRE_ISA")
+    problem = _native_problem()
+    if problem is not None:
+        if chosen is not None:
+            raise KernelUnavailable(f"QUIRE_ISA={chosen}: {problem}")
+        return "portable"
+    native = import_module("kernels._native")
+    if chosen is not None:
+        if chosen not in native.ISAS:
+            raise ValueError(f"QUIRE_ISA must be one of {', '.join(native.ISAS)}, not {chosen!r}")
+        if chosen not in native.supported_isas():
+            raise KernelUnavailable(f"QUIRE_ISA={chosen}: this CPU does not have it")
+        native.select_isa(chosen)
+    return str(native.isa())
+
+
+@cache
+def implementation(op: str) -> ModuleType:
+    """The module that runs ``op``; it has a function of that name with the contract's signature."""
+    module = IMPLEMENTATIONS[op][backend()]
+    if module == "cpu_kernel":
+        _start_native()
+    return import_module(f"kernels.{op}.{module}")
+
+
+def numerics_tag() -> str:
+    """The kernels' part of the numerics version: equal tags promise equal bits.
+
+    The native kernels fix the order and the rounding of every operation, so their bits are those
+    of any instruction set, which is not named. torch is named with its vector class under either
+    back end: it still computes the rotation tables.
+    """
+    import torch
+
+    torch_class = f"torch-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
+    return f"{backend()}-{_REVISION}/{torch_class}"
+
+
+@cache
+def _native_problem() -> str | None:
+    """Why the native module cannot be used, or None."""
+    try:
+        import_module("kernels._native")
+    except ImportError as error:
+        return f"the native module cannot be loaded ({error})"
+    return None
+
+
+@cache
+def _start_native() -> None:
+    """Sizes the one pool of threads; torch, whose own would spin on the same cores, keeps one."""
+    import torch
+
+    from kernels import threads
+
+    isa()
+    threads.set_num_threads(threads.configured_threads())
+    torch.set_num_threads(1)

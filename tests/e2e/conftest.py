@@ -1,0 +1,102 @@
+"""Real processes: `quire up` in a state folder of its own, and the command line against it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+QUIRE = [sys.executable, "-m", "engine.cli.main"]
+START_TIMEOUT_S = 90.0
+
+
+@dataclass
+class Up:
+    """One running `quire up`."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"QUIRE_STATE_DIR": str(self.folder)}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / "up.json").read_text())
+        return found
+
+    def pid_of(self, role: str) -> int:
+        return next(each["pid"] for each in self.state["services"] if each["role"] == role)
+
+    def quire(self, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*QUIRE, *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    def generate(self, *arguments: str) -> dict[str, Any]:
+        result = self.quire("generate", *arguments, "--json")
+        assert result.returncode == 0, result.stderr
+        found: dict[str, Any] = json.loads(result.stdout)
+        return found
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 30) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout)
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+    """Waits until the condition is true; fails if it never is."""
+    give_up = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < give_up, "it never came true"
+        time.sleep(0.05)
+
+
+def start_up(folder: Path, *flags: str) -> Up:
+    """Starts `quire up` and waits until everything is ready."""
+    folder.mkdir(parents=True, exist_ok=True)
+    output = (folder / "up.out").open("w")
+    with output:
+        process = subprocess.Popen(
+            [*QUIRE, "up", *flags],
+            env=os.environ | {"QUIRE_STATE_DIR": str(folder)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    up = Up(process, folder)
+    wait_until(lambda: (folder / "up.json").exists() or process.poll() is not None, START_TIMEOUT_S)
+    assert process.poll() is None, (folder / "up.out").read_text()
+    return up
+
+
+@pytest.fixture(scope="module")
+def hash_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """Services of the hash model."""
+    up = start_up(tmp_path_factory.mktemp("up"), "--model", "hash", "--page-size", "16")
+    yield up
+    assert up.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def smollm2_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """Services of the real model."""
+    up = start_up(tmp_path_factory.mktemp("up"), "--pool-tokens", "4096")
+    yield up
+    assert up.stop() == 0

@@ -1,0 +1,95 @@
+"""Which prefill workers a decode service knows, and which of them it chooses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from decode_svc.choose import choose_prefill
+from decode_svc.workers import AVOID_S, KEEP_S, PrefillWorkers
+from kvstore.index import IndexUnavailable, WorkerLoad, WorkerRecord, WorkerRole
+from kvstore.index.memory import MemoryPageIndex
+
+FINGERPRINT = "f" * 32
+
+
+def worker(name: str, queued: int = 0, running: int = 0) -> WorkerRecord:
+    load = WorkerLoad(running, 0, queued, 10, 10)
+    return WorkerRecord(
+        boot_id=name * 32,
+        role="prefill",
+        endpoint=f"127.0.0.1:{ord(name)}",
+        fingerprint=FINGERPRINT,
+        model="m",
+        load=load,
+        state="serving",
+    )
+
+
+class Index(MemoryPageIndex):
+    """Lists what a test says, or nothing at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listed: list[WorkerRecord] | None = []
+
+    async def workers(self, role: WorkerRole | None = None) -> list[WorkerRecord]:
+        if self.listed is None:
+            raise IndexUnavailable("away")
+        return self.listed
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_least_loaded_worker_of_equal_fingerprint_is_chosen() -> None:
+    idle, busy = worker("a", queued=5), worker("b", queued=50)
+    assert choose_prefill([busy, idle], FINGERPRINT, ()) == idle
+    assert choose_prefill([busy, idle], FINGERPRINT, {idle.boot_id}) == busy
+    assert choose_prefill([idle], "0" * 32, ()) is None
+    assert choose_prefill([], FINGERPRINT, ()) is None
+
+
+@pytest.mark.parametrize("change", [{"role": "decode"}, {"state": "draining"}])
+def test_other_roles_and_draining_workers_are_not_chosen(change: dict[str, str]) -> None:
+    assert choose_prefill([replace(worker("a"), **change)], FINGERPRINT, ()) is None  # type: ignore[arg-type]
+
+
+async def test_a_silent_index_leaves_the_last_list_in_use_for_good() -> None:
+    index, clock = Index(), Clock()
+    workers = PrefillWorkers(index, FINGERPRINT, clock)
+    index.listed = [worker("a")]
+    await workers.refresh()
+    index.listed = None
+    clock.now = 1000 * KEEP_S
+    await workers.refresh()
+    assert workers.choose() == worker("a")
+
+
+async def test_an_index_restarted_empty_is_not_believed_at_once() -> None:
+    index, clock = Index(), Clock()
+    workers = PrefillWorkers(index, FINGERPRINT, clock)
+    index.listed = [worker("a")]
+    await workers.refresh()
+    index.listed = []
+    await workers.refresh()
+    assert workers.choose() == worker("a")
+    clock.now = KEEP_S + 1
+    await workers.refresh()
+    assert workers.choose() is None
+
+
+async def test_a_worker_that_failed_is_left_alone_for_a_while() -> None:
+    index, clock = Index(), Clock()
+    workers = PrefillWorkers(index, FINGERPRINT, clock)
+    index.listed = [worker("a"), worker("b", queued=9)]
+    await workers.refresh()
+    workers.failed(worker("a"))
+    assert workers.choose() == worker("b", queued=9)
+    clock.now = AVOID_S + 1
+    assert workers.choose() == worker("a")
