@@ -1,0 +1,28 @@
+"""Prompts of different kinds for tests on the real model."""
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):\n    ",
+    "Q: What is 12 times 12?\nA:",
+    "List of fruits:\n1. Apple\n2.",
+    "SELECT name, age FROM users WHERE",
+    "The mitochondria is the powerhouse of",
+    "To be, or not to be, that is",
+    "Dear Sir or Madam,\n\nI am writing to",
+    '{"name": "Alice", "age": 30, "city":',
+    "Water boils at 100 degrees Celsius because",
+    "In 1969, Neil Armstrong",
+    "import numpy as np\n\ndef softmax(x):\n",
+    "Translate to French: Good morning ->",
+    "The quick brown fox jumps over the lazy dog. The quick brown fox",
+    "# Recipe: Pancakes\n\n## Ingredients\n",
+    "for (int i = 0; i < 10; i++) {",
+    "Über die Brücke geht der Mann und",
+    "日本の首都は",
+    "🙂 Emoji are fun because",
+    "x = 3, y = 4. The hypotenuse is",
+    "<html>\n<head>\n<title>",
+    "Two households, both alike in dignity,",
+    "The theory of evolution by natural selection was first",
+)
