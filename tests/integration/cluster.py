@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from engine.model.load import LoadedModel, load_model
 
 from decode_svc.__main__ import DecodeWorker
 from decode_svc.config import DecodeSettings
 from engine.core import EngineCore
 from engine.model import Model, ModelSpec
+from engine.model.load import LoadedModel, load_model
 from engine.remote import AsyncRemoteEngine
 from engine.serving import server as serving
 from engine.serving import worker as worker_module

@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator
 
 import grpc
 import pytest
-from engine.chat_template import ChatMessage
-from quire.v1 import inference_pb2 as pb
-from quire.v1 import inference_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 
+from engine.chat_template import ChatMessage
 from engine.errors import InvalidRequest, ModelError, QuireError
 from engine.sampling_params import SamplingParams
 from engine.serving.status import from_rpc_error
 from kvstore.transports.grpc_wire import fingerprint_to_wire
+from quire.v1 import inference_pb2 as pb
+from quire.v1 import inference_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from tests.integration.cluster import Cluster, running
 
 GOOD = SamplingParams(temperature=0, max_tokens=3)

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc
 import pytest
-from quire.v1 import pages_pb2, prefill_pb2, prefill_pb2_grpc
 
 from decode_svc import intake
 from engine.errors import DeadlineExceeded, EngineFault, ResourceExhausted
@@ -19,6 +18,7 @@ from engine.sampling_params import SamplingParams
 from kvstore.page import group_digest
 from kvstore.transports.grpc_wire import fingerprint_to_wire, frame_from_wire
 from prefill_svc import export
+from quire.v1 import pages_pb2, prefill_pb2, prefill_pb2_grpc
 from tests.integration.cluster import Cluster, Node, running, until
 
 LONG = list(range(200)) * 3

@@ -86,9 +86,7 @@ def follow(
 
 
 def essence(completions: list[Completion]) -> list[tuple[object, ...]]:
-    return [
-        (each.token_ids, each.text, each.logprobs, each.finish_reason) for each in completions
-    ]
+    return [(each.token_ids, each.text, each.logprobs, each.finish_reason) for each in completions]
 
 
 TEXT = " ".join(PROMPTS[:12])
@@ -129,9 +127,7 @@ async def test_two_services_equal_one_engine(redis_url: str, weights: str) -> No
 def mixed(count: int) -> tuple[list[str], list[SamplingParams]]:
     prompts = [(PROMPTS[i % len(PROMPTS)] + " ") * (1 + i % 5) for i in range(count)]
     params = [
-        SamplingParams(
-            temperature=(0.0, 0.8)[i % 2], seed=i, max_tokens=4 + i % 9, logprobs=i % 3
-        )
+        SamplingParams(temperature=(0.0, 0.8)[i % 2], seed=i, max_tokens=4 + i % 9, logprobs=i % 3)
         for i in range(count)
     ]
     return prompts, params

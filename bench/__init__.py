@@ -1,0 +1,1 @@
+"""What the README's numbers come from: speeds beside what this machine's own limits allow."""
