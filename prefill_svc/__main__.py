@@ -5,17 +5,16 @@ from __future__ import annotations
 import sys
 import time
 
-from engine.model.load import LoadedModel
-from quire.v1 import prefill_pb2_grpc
-
 from engine.admission import Capacity
 from engine.config import settings_from_command_line
+from engine.model.load import LoadedModel
 from engine.serving.late_handlers import LateHandlers
 from engine.serving.process import run_worker
 from engine.serving.worker import Worker
 from prefill_svc.config import PrefillSettings
 from prefill_svc.handovers import Handovers
 from prefill_svc.servicer import PrefillServicer
+from quire.v1 import prefill_pb2_grpc
 
 
 class PrefillWorker(Worker):

@@ -6,8 +6,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-from quire.v1 import prefill_pb2 as pb
-from quire.v1 import prefill_pb2_grpc
 
 from engine.admission import Capacity, check_prompt
 from engine.errors import HandoverRejected, InvalidRequest, ResourceExhausted, ShuttingDown
@@ -27,6 +25,8 @@ from kvstore.transports.grpc_wire import (
 from prefill_svc.config import PrefillSettings
 from prefill_svc.export import Export, Message
 from prefill_svc.handovers import Handovers
+from quire.v1 import prefill_pb2 as pb
+from quire.v1 import prefill_pb2_grpc
 
 _REQUEST_ID_BYTES = 16
 _MAX_TENANT = 128

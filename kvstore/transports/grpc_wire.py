@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from quire.v1 import pages_pb2
-
 from kvstore.fingerprint import LayoutFingerprint
 from kvstore.page import Commit, PageFrame, PageIdentity, PageReference
+from quire.v1 import pages_pb2
 
 _ID_BYTES = 16
 
