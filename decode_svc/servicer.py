@@ -37,7 +37,7 @@ from engine.telemetry.attributes import (
     GEN_AI_USAGE_INPUT_TOKENS,
 )
 from engine.telemetry.metrics import Metrics
-from engine.telemetry.tracing import Attributes, current_context, stage_span
+from engine.telemetry.tracing import current_context, stage_span
 from engine.tokenizer import Tokenizer
 from engine.wire import item_to_wire, prompt_from_wire, sampling_from_wire
 from kvstore.index import PageIndex, PageIndexError
@@ -109,7 +109,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         with stage_span(Lifecycle.ADMIT) as span:
             self._admission.check_open()
             job = await self._job(request, trace, time.monotonic() + budget_s)
-            span.set_attributes(self._attributes_of(job))
+            span.set_attributes(self._attributes_of(job) | {"quire.label": request.label})
         with self._admission.admit(len(job.prompt_ids)) as ticket:
             async for item in _until(job.stream(self._engine), budget_s):
                 if isinstance(item, Delta):
@@ -142,7 +142,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             job.intake = functools.partial(self._desk.fill, wanted)
         return job
 
-    def _attributes_of(self, job: Request) -> Attributes:
+    def _attributes_of(self, job: Request) -> dict[str, str | int | float]:
         params = job.params
         assert params.seed is not None
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncGenerator
+from typing import TypedDict, Unpack
 
 from engine.admission import Capacity
 from engine.client import AsyncClient, BlockingClient, LoopThread
@@ -21,33 +22,40 @@ DEFAULT_POOL_TOKENS = 16384
 BOOT_ID_BYTES = 16
 
 
-class AsyncLocalEngine(AsyncClient):
-    """Runs requests in this process. Made inside a running event loop, which it belongs to.
+class EngineOptions(TypedDict, total=False):
+    """Keyword arguments of both engines.
 
-    ``pool_tokens`` is the KV pool's size in tokens; ``kv`` is "fp32" or "bf16" and defaults to what
-    suits ``weights``.
+    ``weights`` is "fp32" (default) or "bf16"; ``kv`` likewise, by default what suits the weights.
+    ``pool_tokens`` is the KV pool's size in tokens, ``page_size`` tokens per page.
     """
 
+    weights: str
+    kv: str | None
+    progress: ProgressSink | None
+    pool_tokens: int
+    page_size: int
+    limits: SchedulerLimits
+    check_pages: bool
+
+
+class AsyncLocalEngine(AsyncClient):
+    """Runs requests in this process. Made inside a running event loop, which it belongs to."""
+
     def __init__(
-        self,
-        model: str | LoadedModel = "smollm2",
-        *,
-        weights: str = "fp32",
-        kv: str | None = None,
-        pool_tokens: int = DEFAULT_POOL_TOKENS,
-        page_size: int = 32,
-        limits: SchedulerLimits | None = None,
-        check_pages: bool = False,
-        progress: ProgressSink | None = None,
+        self, model: str | LoadedModel = "smollm2", **options: Unpack[EngineOptions]
     ) -> None:
-        if isinstance(model, str):
-            model = load_model(model, weights=weights, kv=kv, progress=progress)
-        num_pages = -(-pool_tokens // page_size)
-        settings = CoreSettings(num_pages, page_size, limits or SchedulerLimits(), check_pages)
+        loaded = _loaded(model, options)
+        page_size = options.get("page_size", 32)
+        settings = CoreSettings(
+            num_pages=-(-options.get("pool_tokens", DEFAULT_POOL_TOKENS) // page_size),
+            page_size=page_size,
+            limits=options.get("limits", SchedulerLimits()),
+            check_pages=options.get("check_pages", False),
+        )
         boot_id = secrets.token_bytes(BOOT_ID_BYTES)
-        self.tokenizer = model.tokenizer
-        self.capacity = Capacity.of(model.model.spec, num_pages, page_size)
-        core = EngineCore(model.model, model.tokenizer.token_bytes, settings, boot_id)
+        self.tokenizer = loaded.tokenizer
+        self.capacity = Capacity.of(loaded.model.spec, settings.num_pages, page_size)
+        core = EngineCore(loaded.model, loaded.tokenizer.token_bytes, settings, boot_id)
         self.engine = AsyncEngine(core)
         self.engine.start()
 
@@ -70,30 +78,24 @@ class LocalEngine(BlockingClient):
     """The blocking twin of ``AsyncLocalEngine``; same arguments."""
 
     def __init__(
-        self,
-        model: str | LoadedModel = "smollm2",
-        *,
-        weights: str = "fp32",
-        kv: str | None = None,
-        pool_tokens: int = DEFAULT_POOL_TOKENS,
-        page_size: int = 32,
-        limits: SchedulerLimits | None = None,
-        check_pages: bool = False,
-        progress: ProgressSink | None = None,
+        self, model: str | LoadedModel = "smollm2", **options: Unpack[EngineOptions]
     ) -> None:
-        if isinstance(model, str):
-            model = load_model(model, weights=weights, kv=kv, progress=progress)
-        loaded = model
+        loaded = _loaded(model, options)
 
         async def start() -> AsyncLocalEngine:
-            return AsyncLocalEngine(
-                loaded,
-                pool_tokens=pool_tokens,
-                page_size=page_size,
-                limits=limits,
-                check_pages=check_pages,
-            )
+            return AsyncLocalEngine(loaded, **options)
 
         loop = LoopThread("local-engine")
         self.local = loop.run(start())
         super().__init__(loop, self.local)
+
+
+def _loaded(model: str | LoadedModel, options: EngineOptions) -> LoadedModel:
+    if not isinstance(model, str):
+        return model
+    return load_model(
+        model,
+        weights=options.get("weights", "fp32"),
+        kv=options.get("kv"),
+        progress=options.get("progress"),
+    )

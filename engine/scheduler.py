@@ -190,10 +190,6 @@ class Scheduler:
         return len(self._sequences) - len(self._running) - len(self._reserved)
 
     @property
-    def num_reserved(self) -> int:
-        return len(self._reserved)
-
-    @property
     def num_sequences(self) -> int:
         return len(self._sequences)
 

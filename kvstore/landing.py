@@ -58,12 +58,6 @@ class Landing:
         """Pages from ``first_page`` on that are here in full and verified."""
         return len(self._seal_digests)
 
-    @property
-    def num_landed_tokens(self) -> int:
-        """Verified tokens from position 0 on, those of the pages before ``first_page`` included."""
-        pages = self._first_page + self.num_landed_pages
-        return min(pages * self._page_size, len(self._tokens))
-
     def take(self, frame: PageFrame) -> int:
         """Copies a frame in and verifies it; returns its bytes. Raises LandingError."""
         self._check_claim(frame)
