@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from engine.model.load import LoadedModel
-
 from decode_svc.admission import Admission
 from decode_svc.config import DecodeSettings
 from decode_svc.intake import IntakeDesk
@@ -13,6 +11,7 @@ from decode_svc.servicer import InferenceServicer
 from decode_svc.workers import PrefillWorkers
 from engine.admission import Capacity
 from engine.config import settings_from_command_line
+from engine.model.load import LoadedModel
 from engine.serving.late_handlers import LateHandlers
 from engine.serving.process import run_worker
 from engine.serving.worker import Worker

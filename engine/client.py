@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
@@ -109,6 +110,8 @@ class BlockingClient:
         self._loop = loop
         self._client = client
         self._closed = False
+        # A program that closes nothing must still end: later nobody runs the loop any more.
+        atexit.register(self.close)
 
     def generate(
         self,
@@ -130,11 +133,13 @@ class BlockingClient:
                 except StopAsyncIteration:
                     return
         finally:
-            self._loop.run(items.aclose())
+            if not self._closed:
+                self._loop.run(items.aclose())
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            atexit.unregister(self.close)
             self._loop.run(self._client.close())
             self._loop.close()
 

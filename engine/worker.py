@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
@@ -39,10 +40,13 @@ class EngineWorker:
         self._thread = threading.Thread(target=self._run, name="engine-worker", daemon=True)
 
     def start(self) -> None:
+        # An interpreter that exits under a running native step aborts.
+        atexit.register(self.stop)
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Ends the loop after the step in progress; sequences in it are abandoned."""
+        atexit.unregister(self.stop)
         self._commands.put(None)
         self._thread.join(timeout_s)
 

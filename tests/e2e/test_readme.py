@@ -94,3 +94,16 @@ def test_every_path_the_readme_names_exists() -> None:
     assert len(named) > 15
     for path in named:
         assert (root / path).exists(), path
+
+
+def test_a_program_that_closes_nothing_still_ends_well() -> None:
+    script = """
+from engine import LocalEngine, SamplingParams
+engine = LocalEngine("smollm2")
+stream = engine.stream("Hi there", SamplingParams(temperature=0, ignore_eos=True))
+print([next(stream) for _ in range(3)])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
