@@ -4,15 +4,18 @@ A template is code that came with the model: it runs in Jinja's immutable sandbo
 than ``MAX_RENDERED`` characters, and never comes from a request. What users write stays text:
 special-token strings inside a message are hidden from the template behind a random sentinel, the
 rendering is cut at the template's *own* special tokens, and the parts between are encoded with
-special tokens switched off. Without such strings the ids are those of encoding the rendering whole.
+special tokens switched off. Where no message holds such a string, the ids are those of encoding the
+rendering whole, unless that finds special tokens which the template did not write (a tokenizer that
+normalizes can make one of other characters).
 """
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
@@ -52,16 +55,21 @@ class ChatTemplate:
         except TemplateError as error:
             raise ModelError(f"the chat template cannot be parsed ({error})") from None
         self._specials = specials
+        self._special_ids = frozenset(specials.values())
         self._names = {"bos_token": bos, "eos_token": eos}
         longest_first = sorted(specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def encode(
-        self, messages: Sequence[ChatMessage], encode_text: Callable[[str], list[int]]
+        self,
+        messages: Sequence[ChatMessage],
+        encode_plain: Callable[[str], list[int]],
+        encode_joint: Callable[[str], list[int]],
     ) -> list[int]:
         """Token ids of a conversation with the prompt for an answer. Raises InvalidRequest.
 
-        ``encode_text`` encodes text in which nothing is special.
+        ``encode_plain`` encodes text in which nothing is special, ``encode_joint`` text with its
+        special tokens.
         """
         check_messages(messages)
         sentinel = secrets.token_hex(16)
@@ -76,27 +84,33 @@ class ChatTemplate:
             for message in messages
         ]
         rendered = self._render(shown)
+        own = [self._specials[special.group()] for special in self._special.finditer(rendered)]
+        if not hidden:
+            joint = encode_joint(rendered)
+            if [token_id for token_id in joint if token_id in self._special_ids] == own:
+                return joint
         reveal = re.compile(sentinel + "([0-9a-f]{8})")
         ids: list[int] = []
         start = 0
         for special in self._special.finditer(rendered):
-            ids += self._text(rendered[start : special.start()], reveal, hidden, encode_text)
+            ids += self._text(rendered[start : special.start()], reveal, hidden, encode_plain)
             ids.append(self._specials[special.group()])
             start = special.end()
-        return ids + self._text(rendered[start:], reveal, hidden, encode_text)
+        return ids + self._text(rendered[start:], reveal, hidden, encode_plain)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         try:
-            rendered = self._template.render(
+            parts = self._template.generate(
                 messages=messages, add_generation_prompt=True, **self._names
             )
+            rendered = _joined(parts)
         except _Refused as refusal:
             raise InvalidRequest("messages", str(refusal), "what the chat template takes") from None
         except Exception as error:
             raise InvalidRequest(
                 "messages", f"the chat template failed ({type(error).__name__})", "other messages"
             ) from None
-        if len(rendered) > MAX_RENDERED:
+        if rendered is None:
             raise InvalidRequest(
                 "messages", "they render too long", f"up to {MAX_RENDERED} characters"
             )
@@ -107,10 +121,20 @@ class ChatTemplate:
         text: str,
         reveal: re.Pattern[str],
         hidden: list[str],
-        encode_text: Callable[[str], list[int]],
+        encode_plain: Callable[[str], list[int]],
     ) -> list[int]:
         text = reveal.sub(lambda match: hidden[int(match.group(1), 16)], text)
-        return encode_text(text) if text else []
+        return encode_plain(text) if text else []
+
+
+def _joined(parts: Iterable[str]) -> str | None:
+    """The parts as one text, or None as soon as it is longer than MAX_RENDERED."""
+    text = io.StringIO()
+    for part in parts:
+        if text.tell() + len(part) > MAX_RENDERED:
+            return None
+        text.write(part)
+    return text.getvalue()
 
 
 def check_messages(messages: Sequence[ChatMessage]) -> None:

@@ -42,6 +42,7 @@ from engine.scheduler import (
     Submit,
 )
 from engine.sequence import Goal
+from engine.telemetry.clock import now_ns
 from kernels.ragged import RaggedBatch
 from kvstore.fingerprint import LayoutFingerprint
 from kvstore.memory import PageMemory
@@ -135,9 +136,9 @@ class EngineCore:
     # -- run
 
     def _run(self, plan: StepPlan) -> None:
-        started = time.time_ns()
+        started = now_ns()
         logits = self._forward(plan.rows)
-        ended = time.time_ns()
+        ended = now_ns()
         outcomes = {rows.name: self._choose(rows, logits[rows.name]) for rows in plan.rows}
         effects = self.scheduler.complete(plan, outcomes)
         self._publish_pages(effects.finished_pages)

@@ -32,7 +32,7 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True)
 class ChunkDone:
-    """Rows of a prompt went through the model; times are wall-clock nanoseconds."""
+    """Rows of a prompt went through the model; times are those of ``engine.telemetry.clock``."""
 
     name: str
     start: int

@@ -48,10 +48,12 @@ class Progress:
     def begin(self, what: str, total: int) -> Iterator[None]:
         self._what, self._total, self._done = what, max(total, 1), 0
         self._began = self._shown = time.monotonic()
-        yield
-        self._show()
-        if self._terminal:
-            self._stream.write("\n")
+        try:
+            yield
+        finally:  # an error's message must not land on the bar's line
+            self._show()
+            if self._terminal:
+                self._stream.write("\n")
 
     def advance(self, count: int = 1) -> None:
         self._done += count

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +38,7 @@ from engine.telemetry.attributes import (
     GEN_AI_USAGE_CACHED_TOKENS,
     GEN_AI_USAGE_OUTPUT_TOKENS,
 )
+from engine.telemetry.clock import now_ns
 from engine.telemetry.tracing import Attributes, record_stage
 
 REQUEST_ID_BYTES = 16
@@ -50,7 +50,7 @@ Intake = Callable[[Reserved], Awaitable[int]]
 
 @dataclass(slots=True)
 class _Times:
-    """Wall-clock nanoseconds of a request's milestones."""
+    """A request's milestones on ``engine.telemetry.clock``, in nanoseconds."""
 
     admitted: int
     got_pages: int = 0
@@ -117,9 +117,10 @@ class _Run:
     def __init__(self, request: Request, engine: AsyncEngine) -> None:
         self._request = request
         self._engine = engine
-        self._times = _Times(admitted=time.time_ns())
-        self._counts = dict.fromkeys(request.names, 0)
-        self._unfinished = set(request.names)
+        self._times = _Times(admitted=now_ns())
+        self._indexes = {name: index for index, name in enumerate(request.names)}
+        self._counts = dict.fromkeys(self._indexes, 0)
+        self._unfinished = set(self._indexes)
         self._finish_reasons: dict[str, str] = {}
         self._cached_tokens = 0
         self._handed_over = 0
@@ -148,7 +149,7 @@ class _Run:
         """Gives everything back, first of all and without waiting: the task that closes a request
         may be cancelled once more. Pages that the intake still writes stay withheld until it ends.
         """
-        self._times.ended = time.time_ns()
+        self._times.ended = now_ns()
         self._engine.close(self._mailbox)
         try:
             if self._intake is not None:
@@ -159,12 +160,12 @@ class _Run:
 
     def _record_finish(self) -> None:
         """Tells the trace how every choice ended; ``unfinished`` ones were cancelled or failed."""
-        reasons = [self._finish_reasons.get(name, "unfinished") for name in self._request.names]
+        reasons = [self._finish_reasons.get(name, "unfinished") for name in self._indexes]
         attributes = {
             GEN_AI_RESPONSE_ID: self._request.request_id.hex(),
             GEN_AI_RESPONSE_FINISH_REASONS: reasons,
         }
-        self._record(Lifecycle.FINISH, self._times.ended, time.time_ns(), attributes)
+        self._record(Lifecycle.FINISH, self._times.ended, now_ns(), attributes)
 
     def _take(self, output: Output) -> Delta | None:
         match output:
@@ -184,9 +185,9 @@ class _Run:
         return None
 
     def _admitted(self, name: str, cached_tokens: int) -> None:
-        if name != self._request.names[0] or self._times.got_pages:
+        if self._indexes[name] or self._times.got_pages:
             return
-        self._times.got_pages = time.time_ns()
+        self._times.got_pages = now_ns()
         self._cached_tokens = cached_tokens
         self._record(
             Lifecycle.QUEUE,
@@ -204,7 +205,7 @@ class _Run:
     async def _run_intake(self, reserved: Reserved) -> None:
         assert self._request.intake is not None
         self._handed_over = await self._request.intake(reserved)
-        self._times.joined = time.time_ns()
+        self._times.joined = now_ns()
 
     def _intake_ended(self, name: str, intake: asyncio.Task[None]) -> None:
         """However it ended, even before it began, nobody writes into the reserved pages now."""
@@ -214,7 +215,7 @@ class _Run:
         self._engine.worker.post(WritesEnded(name))
 
     def _token(self, output: TokenOutput) -> Delta:
-        now = time.time_ns()
+        now = now_ns()
         if not self._times.first_token:
             self._times.first_token = now
             self._record(Lifecycle.JOIN, self._times.joined or now, now, {})
@@ -224,7 +225,7 @@ class _Run:
             self._unfinished.discard(output.name)
             self._finish_reasons[output.name] = str(output.finish)
         return Delta(
-            choice_index=self._request.names.index(output.name),
+            choice_index=self._indexes[output.name],
             first_index=first_index,
             token_ids=(output.token_id,),
             text=output.text,
@@ -239,7 +240,7 @@ class _Run:
         return (TokenLogprobs(output.token_id, output.logprob, output.top_logprobs),)
 
     def _finished(self) -> Finished:
-        times, now = self._times, time.time_ns()
+        times, now = self._times, now_ns()
         num_output = sum(self._counts.values())
         self._record(
             Lifecycle.DECODE,

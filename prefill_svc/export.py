@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
 
 from engine.lifecycle import Lifecycle
 from engine.mailbox import AsyncEngine, Mailbox
 from engine.outputs import Admitted, ChunkDone, Output, PageFinished, Prefilled
 from engine.scheduler import ReadsEnded
+from engine.telemetry.clock import now_ns
 from engine.telemetry.tracing import current_context, record_stage
 from kvstore.page import Commit, PageFrame, digest_of
 from kvstore.prefix_hash import ROOT
@@ -37,7 +37,7 @@ class Export:
         self._num_done = 0
         self._last_name = ROOT
         self._seal_digests: list[bytes] = []
-        self._began_ns = time.time_ns()
+        self._began_ns = now_ns()
         self._trace = current_context()
 
     async def messages(self) -> AsyncGenerator[Message, None]:
@@ -61,7 +61,7 @@ class Export:
     def _messages_of(self, output: Output) -> list[Message]:
         match output:
             case Admitted():
-                record_stage(Lifecycle.PREFILL_QUEUE, self._began_ns, time.time_ns(), self._trace)
+                record_stage(Lifecycle.PREFILL_QUEUE, self._began_ns, now_ns(), self._trace)
                 return [output]
             case ChunkDone(_, start, num_tokens, started_ns, ended_ns):
                 self._num_done = start + num_tokens

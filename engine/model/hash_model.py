@@ -1,6 +1,7 @@
 """A model for tests of the whole system: its next token is a hash of the contents of its pages.
 
-Every key and value is a small integer made from token, position and layer, exact in every KV dtype.
+Every key and value is a small integer, exact in every KV dtype, hashed from token, position, layer,
+lane and which of the two it is: a row of another token or position differs in nearly all lanes.
 The logits of a row come from a hash over the keys and values of all positions up to the row, read
 back from the pages: a wrong, lost, doubled or stale page changes the text. Nothing is remembered
 outside the pages. It takes milliseconds and needs no file.
@@ -8,6 +9,7 @@ outside the pages. It takes milliseconds and needs no file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,11 +24,13 @@ from kernels.layout import PageLayout, key_view, value_view
 from kernels.ragged import RaggedBatch, row_slots
 
 NUM_BYTES = 256
-START, END_OF_MESSAGE, END = 257, 258, 259
+START, END_OF_MESSAGE, END = 257, 258, 259  # 256 is not used
 SPECIALS = {"<|start|>": START, "<|end|>": END_OF_MESSAGE, "<|eos|>": END}
+_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIALS)) + ")")
 VOCAB_SIZE = 260
 NUM_LAYERS, HEAD_DIM = 2, 16
 MAX_CONTEXT = 4096
+_MASK = 0xFFFFFFFF
 _SPREAD = 3.0
 _END_MALUS = 6.0  # the end is drawn for less than one token in 300
 
@@ -53,8 +57,8 @@ class HashModel:
     def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
         pages, offsets = row_slots(batch, layout.page_size)
         for layer in range(NUM_LAYERS):
-            content = _content(batch, layer)  # [T, 1, HEAD_DIM]
-            kv_write(content, content + 1, kv, layer, pages, offsets, layout)
+            keys, values = _content(batch, layer)  # [T, 1, HEAD_DIM] each
+            kv_write(keys, values, kv, layer, pages, offsets, layout)
         logits = torch.empty(len(batch.logit_rows), VOCAB_SIZE)
         ends = batch.query_starts[1:]
         for index, row in enumerate(batch.logit_rows):
@@ -65,10 +69,17 @@ class HashModel:
 
 
 def _content(batch: RaggedBatch, layer: int) -> torch.Tensor:
-    """Integers 0..250 for each row; bf16 holds integers up to 256 exactly."""
-    row = batch.token_ids * 7 + batch.positions * 13 + layer * 101
-    lanes = torch.arange(HEAD_DIM) * 17
-    return ((row[:, None] + lanes[None]) % 251).float()[:, None]
+    """Keys and values of a layer [2, T, 1, HEAD_DIM], integers 0..255, which bf16 holds exactly."""
+    row = (batch.token_ids * MAX_CONTEXT + batch.positions) * NUM_LAYERS + layer
+    lanes = torch.arange(2 * HEAD_DIM).view(2, 1, 1, HEAD_DIM)
+    return (_mixed(row.view(1, -1, 1, 1) * (2 * HEAD_DIM) + lanes) % 256).float()
+
+
+def _mixed(x: torch.Tensor) -> torch.Tensor:
+    """A permutation of 0 .. 2^32 - 1 that looks random in its low bits, in int64."""
+    x = x * 0x45D9F3B & _MASK
+    x = (x ^ x >> 16) * 0x2C1B3C6D & _MASK
+    return x ^ x >> 15
 
 
 def _digest(kv: torch.Tensor, layout: PageLayout, table: torch.Tensor, length: int) -> int:
@@ -92,22 +103,31 @@ def _logits(seed: int) -> torch.Tensor:
 
 
 class HashTokenizer:
-    """One token per byte, and three special ones."""
+    """One token per byte, and the special ones."""
 
     vocab_size = VOCAB_SIZE
 
     def encode(self, text: str, *, parse_special: bool) -> list[int]:
-        try:
-            return list(text.encode())
-        except UnicodeEncodeError:
-            raise InvalidRequest("prompt", "it holds half a surrogate pair", "Unicode") from None
+        if not parse_special:
+            return _bytes_of(text)
+        ids: list[int] = []
+        for part in _SPECIAL.split(text):
+            ids += [SPECIALS[part]] if part in SPECIALS else _bytes_of(part)
+        return ids
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         check_messages(messages)
         ids: list[int] = []
         for message in messages:
-            ids += [START, *message.role.encode(), *message.content.encode(), END_OF_MESSAGE]
+            ids += [START, *_bytes_of(message.role), *_bytes_of(message.content), END_OF_MESSAGE]
         return [*ids, START]
 
     def token_bytes(self, token_id: int) -> bytes:
-        return bytes([token_id]) if token_id < NUM_BYTES else b""
+        return bytes([token_id]) if 0 <= token_id < NUM_BYTES else b""
+
+
+def _bytes_of(text: str) -> list[int]:
+    try:
+        return list(text.encode())
+    except UnicodeEncodeError:
+        raise InvalidRequest("prompt", "it holds half a surrogate pair", "Unicode text") from None

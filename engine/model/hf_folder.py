@@ -14,19 +14,27 @@ from safetensors import SafetensorError, safe_open
 from engine.errors import ModelError
 from engine.model.weights import StoredTensor
 
-MAX_JSON_BYTES = 64 << 20
+MAX_TEXT_BYTES = 64 << 20
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SKIPPED_SUFFIX = ".rotary_emb.inv_freq"  # a constant that old exports kept
+
+
+def read_text(path: Path) -> str:
+    """A file of UTF-8 text. Raises ModelError."""
+    try:
+        if path.stat().st_size > MAX_TEXT_BYTES:
+            raise ModelError(f"{path.name} is larger than {MAX_TEXT_BYTES} bytes")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path.name} cannot be read ({error})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ModelError."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path.name} cannot be read ({error})") from None
+        found = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path.name} is not JSON ({error})") from None
     if not isinstance(found, dict):
         raise ModelError(f"{path.name} is not a JSON object")
     return found
@@ -64,10 +72,13 @@ def _files(folder: Path) -> Mapping[Path, set[str]]:
         ]
         hint = f" ({min(pickled)} is pickled and never loaded)" if pickled else ""
         raise ModelError(f"{folder} has no model.safetensors{hint}")
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise ModelError(f"{index.name} has no weight_map")
     files: dict[Path, set[str]] = {}
-    for name, file in read_json(index).get("weight_map", {}).items():
-        if Path(str(file)).name != file:
-            raise ModelError(f"{index.name} names a file outside the folder: {file!r}")
+    for name, file in places.items():
+        if Path(str(file)).name != file or not file.endswith(".safetensors"):
+            raise ModelError(f"{index.name} names {file!r}, no safetensors file of the folder")
         files.setdefault(folder / file, set()).add(name)
     return files
 

@@ -24,7 +24,7 @@ class LlamaModel:
 
     def __init__(self, config: LlamaConfig, weights: Weights, spec: ModelSpec) -> None:
         self.spec = spec
-        self._config = config
+        self.config = config
         self._weights = weights
         self._cos, self._sin = rope_tables(config.max_context, config.head_dim, config.rope_theta)
         self._scale = config.head_dim**-0.5
@@ -35,13 +35,13 @@ class LlamaModel:
         for index, layer in enumerate(self._weights.layers):
             hidden = hidden + self._attention(index, layer, hidden, step)
             hidden = hidden + self._mlp(layer, hidden)
-        rows = rms_norm(hidden[batch.logit_rows], self._weights.norm, self._config.norm_eps)
+        rows = rms_norm(hidden[batch.logit_rows], self._weights.norm, self.config.norm_eps)
         return linear(rows, self._weights.head)  # [R, vocab]
 
     def _attention(
         self, index: int, layer: LayerWeights, hidden: torch.Tensor, step: _Step
     ) -> torch.Tensor:
-        config = self._config
+        config = self.config
         rows = rms_norm(hidden, layer.attention_norm, config.norm_eps)
         heads = linear(rows, layer.qkv).view(hidden.shape[0], -1, config.head_dim)
         k_start, v_start = config.num_heads, config.num_heads + config.num_kv_heads
@@ -54,7 +54,7 @@ class LlamaModel:
         return linear(attended.flatten(1), layer.out)
 
     def _mlp(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
-        rows = rms_norm(hidden, layer.mlp_norm, self._config.norm_eps)
+        rows = rms_norm(hidden, layer.mlp_norm, self.config.norm_eps)
         gate, up = linear(rows, layer.gate_up).chunk(2, dim=1)
         return linear(silu_mul(gate.contiguous(), up.contiguous()), layer.down)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
@@ -10,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelError
-from engine.library_tokenizer import eos_from_gguf, tokenizer_from_folder, tokenizer_from_gguf
+from engine.gguf_tokenizer import GgufVocabulary, tokenizer_from_gguf
+from engine.library_tokenizer import tokenizer_from_folder
 from engine.model import Model, ModelSpec
 from engine.model.config import LlamaConfig, config_from_gguf, config_from_hf
 from engine.model.gguf_file import open_gguf
 from engine.model.gguf_file import stored_tensors as gguf_tensors
 from engine.model.hash_model import HashModel, HashTokenizer
-from engine.model.hf_folder import read_json, read_json_if_there
+from engine.model.hf_folder import read_json, read_json_if_there, read_text
 from engine.model.hf_folder import stored_tensors as folder_tensors
 from engine.model.llama import LlamaModel
-from engine.model.weights import WEIGHT_MODES, StoredTensor, check_shapes, load_weights
+from engine.model.weights import WEIGHT_MODES, StoredTensor, load_weights
 from engine.progress import ProgressSink, Silence
 from engine.tokenizer import Tokenizer
 from kernels.dispatch import numerics_tag
@@ -60,17 +62,17 @@ def load_model(
     """
     if weights not in WEIGHT_MODES:
         raise ModelError(f"weights {weights!r} are not supported; {', '.join(WEIGHT_MODES)} are")
-    kv = kv or weights
+    kv = weights if kv is None else kv
     if kv not in KV_DTYPES:
         raise ModelError(f"KV dtype {kv!r} is not supported; {', '.join(KV_DTYPES)} are")
     if name == "hash":
         return LoadedModel(HashModel(kv), HashTokenizer(), name)
     source = _open(name)
-    check_shapes(source.config, source.tensors)
+    _check_vocabulary(source)
     config = source.config
     tensors, digest = load_weights(config, source.tensors, weights, progress or Silence())
     spec = ModelSpec(
-        name=name,
+        name=_served_name(name),
         digest=digest,
         numerics=f"{weights}/{kv}/{numerics_tag()}",
         vocab_size=config.vocab_size,
@@ -86,17 +88,38 @@ def load_model(
     return LoadedModel(LlamaModel(config, tensors, spec), source.tokenizer, name)
 
 
+def _served_name(name: str) -> str:
+    """What requests call the model: its name, or that of its file or folder, never a path."""
+    if name in PACKAGED:
+        return name
+    path = Path(name).resolve()
+    return path.stem if path.is_file() else path.name
+
+
 def _open(name: str) -> _Source:
-    path = _packaged(name) if name in PACKAGED else Path(name)
-    if path.is_file():
+    path = packaged_file(name) if name in PACKAGED else Path(name)
+    if os.path.isfile(path):  # false, not an error, for a name that cannot be a path
         return _open_gguf(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _open_folder(path)
     known = ", ".join([*PACKAGED, "hash"])
     raise ModelError(f"model {name!r} is neither a file nor a folder, nor one of {known}")
 
 
-def _packaged(name: str) -> Path:
+def _check_vocabulary(source: _Source) -> None:
+    """Raises ModelError unless every id that can come from the tokenizer is one of the model."""
+    size = source.config.vocab_size
+    if source.tokenizer.vocab_size > size:
+        raise ModelError(f"the tokenizer has {source.tokenizer.vocab_size} ids, the model {size}")
+    wrong = [token_id for token_id in source.eos_token_ids if not 0 <= token_id < size]
+    if wrong:
+        raise ModelError(
+            f"end-of-sequence id {min(wrong)} is not of the model; 0 to {size - 1} are"
+        )
+
+
+def packaged_file(name: str) -> Path:
+    """The GGUF file of a model in ``PACKAGED``. Raises ModelError if the package is not there."""
     package = PACKAGED[name]
     try:
         found = [file for file in files(package) or () if file.suffix == ".gguf"]
@@ -112,11 +135,12 @@ def _packaged(name: str) -> Path:
 def _open_gguf(path: Path) -> _Source:
     file = open_gguf(path)
     config = config_from_gguf(file.fields, file.tensors)
+    vocabulary = GgufVocabulary.of(file.fields)
     return _Source(
         config,
         gguf_tensors(file, config),
-        tokenizer_from_gguf(file.fields),
-        eos_from_gguf(file.fields),
+        tokenizer_from_gguf(vocabulary),
+        vocabulary.eos_token_ids,
     )
 
 
@@ -137,18 +161,23 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, or what tokenizer_config.json holds: a string, or named ones."""
     file = folder / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {each.get("name"): each.get("template") for each in template}
-        template = named.get("default")
+        named = [each for each in template if isinstance(each, dict)]
+        template = next(
+            (each.get("template") for each in named if each.get("name") == "default"), None
+        )
     if template is not None and not isinstance(template, str):
-        raise ModelError(f"chat_template is {json.dumps(template)[:80]}, not text")
+        raise ModelError(f"chat_template is {reprlib.repr(template)}, not text")
     return template
 
 
 def _eos_ids(raw: Mapping[str, Any]) -> frozenset[int]:
     found = raw.get("eos_token_id")
+    ids = found if isinstance(found, list) else [found]
     if found is None:
         return frozenset()
-    return frozenset(found if isinstance(found, list) else [found])
+    if not all(type(token_id) is int for token_id in ids):
+        raise ModelError(f"eos_token_id is {reprlib.repr(found)}, neither an id nor a list of ids")
+    return frozenset(ids)

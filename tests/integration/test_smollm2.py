@@ -11,7 +11,7 @@ from engine.completion import Completion
 from engine.local import AsyncLocalEngine
 from engine.model.config import config_from_gguf
 from engine.model.gguf_file import open_gguf, stored_tensors
-from engine.model.load import LoadedModel, _packaged, load_model
+from engine.model.load import LoadedModel, load_model, packaged_file
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerLimits
 from tests.integration.cluster import running
@@ -32,7 +32,7 @@ def oracle() -> torch.nn.Module:
     """transformers' implementation in fp32, with the same dequantized weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    file = open_gguf(_packaged("smollm2"))
+    file = open_gguf(packaged_file("smollm2"))
     ours = config_from_gguf(file.fields, file.tensors)
     config = LlamaConfig(
         hidden_size=ours.hidden_size,
