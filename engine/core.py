@@ -203,6 +203,8 @@ class EngineCore:
         for fault in faults:
             log.error("page violation sequence=%s problem=%s", fault.name, fault.problem)
             self._fail(fault.name, EngineFault("a page of this request was in a wrong state"))
+        for violation in self.pool.take_violations():
+            log.error("page violation problem=%s", violation)
 
     def _publish_pages(self, pages: Iterable[FinishedPage]) -> None:
         self._outputs += [PageFinished(page.name, self._sealed_page(page)) for page in pages]

@@ -272,10 +272,10 @@ class Scheduler:
 
     def _land(self, name: str, num_tokens: int) -> None:
         self._end_writes(name)
-        sequence = self._sequences.get(name)
-        if sequence is None:
+        if name not in self._reserved:
             return
-        self._reserved.discard(name)
+        sequence = self._sequences[name]
+        self._reserved.remove(name)
         self._running.append(name)
         sequence.num_computed = max(num_tokens, sequence.num_computed)
         self._seal_full_pages(sequence)
@@ -283,8 +283,7 @@ class Scheduler:
             self._wake_followers(name)
 
     def _end_writes(self, name: str) -> None:
-        for slot in self._writing.pop(name, []):
-            self.pool.ledger.end_write(slot)
+        self.pool.end_writes(self._writing.pop(name, []))
 
     # -- leaving
 

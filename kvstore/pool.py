@@ -23,7 +23,7 @@ class PagePool:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._published: list[bytes] = []
         self._withdrawn: list[bytes] = []
-        self.violations: list[PageViolation] = []
+        self._violations: list[PageViolation] = []
 
     @property
     def num_pages(self) -> int:
@@ -68,9 +68,14 @@ class PagePool:
         """How many of ``slots`` would stop being available if they were shared."""
         return sum(slot in self._idle for slot in slots)
 
-    def share(self, slots: Iterable[int], owner: str) -> None:
-        for slot in slots:
-            self.ledger.share(slot, owner)
+    def share(self, slots: Sequence[int], owner: str) -> None:
+        """One more owner of sealed pages: of all of them, or of none if one is refused."""
+        for position, slot in enumerate(slots):
+            try:
+                self.ledger.share(slot, owner)
+            except PageViolation:
+                self.release(slots[:position], owner)
+                raise
             self._idle.pop(slot, None)
 
     def seal(self, slot: int, prefix_hash: bytes, num_tokens: int) -> None:
@@ -82,32 +87,35 @@ class PagePool:
             self._published.append(prefix_hash)
 
     def release(self, slots: Sequence[int], owner: str) -> None:
-        """``owner`` lets go of its pages, given in order of position.
-
-        A page that does not take it is quarantined and noted; the others are released all the same.
-        """
-        for slot in reversed(slots):
-            try:
-                self.ledger.release(slot, owner)
-            except PageViolation as violation:
-                self.violations.append(violation)
-            self._note_idle(slot)
+        """``owner`` lets go of its pages, given in order of position."""
+        self._let_go(slots, lambda slot: self.ledger.release(slot, owner))
 
     def lease(self, slots: Sequence[int], holder: str) -> None:
-        """Turns ownership into a lease of the same name: the pages outlive their sequence."""
-        for slot in slots:
-            self.ledger.lease(slot, holder)
+        """Turns ownership into a lease of the same name: the pages outlive their sequence.
+
+        All of them are leased, or none if one is refused.
+        """
+        for position, slot in enumerate(slots):
+            try:
+                self.ledger.lease(slot, holder)
+            except PageViolation:
+                self.end_lease(slots[:position], holder)
+                raise
         self.release(slots, holder)
 
     def end_lease(self, slots: Sequence[int], holder: str) -> None:
-        for slot in reversed(slots):
-            self.ledger.end_lease(slot, holder)
-            self._note_idle(slot)
+        self._let_go(slots, lambda slot: self.ledger.end_lease(slot, holder))
 
-    def end_reads(self, slots: Iterable[int]) -> None:
-        for slot in slots:
-            self.ledger.end_read(slot)
-            self._note_idle(slot)
+    def end_reads(self, slots: Sequence[int]) -> None:
+        self._let_go(slots, self.ledger.end_read)
+
+    def end_writes(self, slots: Sequence[int]) -> None:
+        self._let_go(slots, self.ledger.end_write)
+
+    def take_violations(self) -> list[PageViolation]:
+        """What went wrong in letting go since the last call."""
+        violations, self._violations = self._violations, []
+        return violations
 
     def clear_cache(self) -> None:
         """Gives up every idle page."""
@@ -134,6 +142,16 @@ class PagePool:
             healthy = record.state is PageState.SEALED
             assert healthy or record.violation
             assert (slot in self._idle) == (healthy and not record.held)
+
+    def _let_go(self, slots: Sequence[int], end: Callable[[int], None]) -> None:
+        """Ends a hold on each page, last page first. One that refuses is quarantined and noted; the
+        others are let go of all the same."""
+        for slot in reversed(slots):
+            try:
+                end(slot)
+            except PageViolation as violation:
+                self._violations.append(violation)
+            self._note_idle(slot)
 
     def _note_idle(self, slot: int) -> None:
         record = self.ledger[slot]

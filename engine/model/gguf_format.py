@@ -155,7 +155,6 @@ class _Cursor:
         type_id, count = self.number(_U32), self.number(_U64)
         if type_id in _SCALARS:
             form = _SCALARS[type_id]
-            self._need(count * form.size)
             raw = self.take(count * form.size)
             return [value for (value,) in form.iter_unpack(raw)]
         self._need(count * _U64.size)  # every string or array begins with a length

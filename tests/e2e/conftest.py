@@ -67,14 +67,14 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> None
         time.sleep(0.05)
 
 
-def start_up(folder: Path, *flags: str) -> Up:
-    """Starts `quire up` and waits until everything is ready."""
+def start_up(folder: Path, *flags: str, **settings: str) -> Up:
+    """Starts `quire up` and waits until everything is ready; ``settings`` go by environment."""
     folder.mkdir(parents=True, exist_ok=True)
     output = (folder / "up.out").open("w")
     with output:
         process = subprocess.Popen(
             [*QUIRE, "up", *flags],
-            env=os.environ | {"QUIRE_STATE_DIR": str(folder)},
+            env=os.environ | {"QUIRE_STATE_DIR": str(folder)} | settings,
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,

@@ -164,6 +164,35 @@ def test_a_killed_prefill_service_costs_nothing_and_comes_back(hash_up: Up) -> N
     wait_until(handed_over)
 
 
+def test_a_prefill_service_killed_in_the_middle_of_a_handover_changes_no_token(
+    tmp_path: Path,
+) -> None:
+    """One token a step, so that the handover takes seconds; killed when the first pages are out."""
+    prompt = "the middle of a handover. " * 100
+    flags = ["--prompt", prompt, "--max-tokens", "12", "--temperature", "1", "--seed", "3"]
+    up = start_up(tmp_path / "state", "--model", "hash", QUIRE_CHUNK_TOKENS="1")
+    endpoints = {each["role"]: each["endpoint"] for each in up.state["services"]}
+    request = subprocess.Popen(
+        [*_quire(), "generate", *flags, "--json"],
+        env=up.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: _num_sealed(up, endpoints["prefill"]) > 5)
+    os.kill(up.pid_of("prefill"), signal.SIGKILL)
+    output, _ = request.communicate(timeout=60)
+    found = json.loads(output)
+    assert found["prefilled"] == "local"
+    assert found["token_ids"] == up.generate(*flags, "--local", "--model", "hash")["token_ids"]
+    wait_until(lambda: not _running(up, endpoints["decode"]))
+    assert up.stop() == 0
+
+
+def _num_sealed(up: Up, endpoint: str) -> int:
+    listed = json.loads(up.quire("pages", "--json", "--endpoint", endpoint).stdout)["workers"][0]
+    return int(listed["counts"]["sealed"])
+
+
 def test_without_redis_new_requests_are_served_and_workers_come_back(hash_up: Up) -> None:
     with redis.Redis.from_url(hash_up.state["redis"]) as client:
         pid = int(client.info("server")["process_id"])  # type: ignore[index]

@@ -226,9 +226,9 @@ def array_field(type_id: int, count: int) -> bytes:
     return text(b"a") + struct.pack("<IIQ", 9, type_id, count)
 
 
-def tensor_info(*dims: int, offset: int = 0) -> bytes:
+def tensor_info(*dims: int, name: bytes = b"t", offset: int = 0) -> bytes:
     sizes = struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
-    return text(b"t") + sizes + struct.pack("<IQ", 0, offset) + bytes(64)
+    return text(name) + sizes + struct.pack("<IQ", 0, offset) + bytes(64)
 
 
 LIES = {
@@ -247,6 +247,7 @@ LIES = {
     "offset that wraps around": header(1, 0, tensor_info(1, offset=2**64 - 32)),
     "dimension of 0": header(1, 0, tensor_info(0)),
     "tensor twice": header(2, 0, tensor_info(1)[:-64] + tensor_info(1)),
+    "tensors that overlap": header(2, 0, tensor_info(9)[:-64] + tensor_info(9, name=b"u")),
     "big-endian": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
     "no GGUF at all": b"PK\x03\x04" + bytes(100),
 }

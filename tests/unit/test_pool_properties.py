@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -14,7 +15,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from kvstore.ledger import PageState
+from kvstore.ledger import PageState, PageViolation
 from kvstore.pool import PagePool
 
 PAGE_SIZE = 16
@@ -145,7 +146,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.release(slots, owner)
         for owner, slots in self.leased.items():
             self.pool.end_lease(slots, owner)
-        self.pool.end_reads(self.reading.elements())
+        self.pool.end_reads(list(self.reading.elements()))
         self.pool.check()
         self.pool.clear_cache()
         assert self.pool.ledger.num_free == self.num_pages
@@ -187,3 +188,42 @@ def test_changes_of_the_cache_are_told_once() -> None:
     pool.clear_cache()
     assert pool.take_cache_changes() == ([], [b"x" * 16])
     assert pool.take_cache_changes() == ([], [])
+
+
+def sealed_pool() -> tuple[PagePool, list[int]]:
+    pool = PagePool(3, PAGE_SIZE, clock=lambda: 0.0)
+    slots = pool.allocate(3, "a")
+    assert slots is not None
+    for slot in slots:
+        pool.seal(slot, bytes([slot]) * 16, PAGE_SIZE)
+    return pool, slots
+
+
+def test_sharing_takes_all_pages_or_none() -> None:
+    pool, slots = sealed_pool()
+    pool.ledger.share(slots[2], "b")
+    with pytest.raises(PageViolation):
+        pool.share(slots, "b")
+    assert [pool.ledger[slot].owners for slot in slots[:2]] == [{"a"}, {"a"}]
+    pool.check()
+
+
+def test_leasing_takes_all_pages_or_none() -> None:
+    pool, slots = sealed_pool()
+    pool.ledger.lease(slots[2], "a")
+    with pytest.raises(PageViolation):
+        pool.lease(slots, "a")
+    assert [pool.ledger[slot].leases for slot in slots[:2]] == [set(), set()]
+    pool.check()
+
+
+def test_one_page_that_refuses_does_not_keep_the_others() -> None:
+    pool, slots = sealed_pool()
+    pool.ledger.release(slots[1], "a")
+    pool.release(slots, "a")
+    assert [str(violation) for violation in pool.take_violations()] == [
+        f"page {slots[1]}: released by a, who does not own it"
+    ]
+    assert pool.take_violations() == []
+    assert pool.num_available == 2
+    pool.check()

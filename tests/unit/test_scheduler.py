@@ -265,6 +265,15 @@ def test_pages_of_a_cancelled_reservation_wait_for_its_writer() -> None:
     assert driver.pool.num_available == 3
 
 
+def test_a_landing_told_twice_joins_once() -> None:
+    driver = Driver(8, min_remote_tokens=16)
+    driver.step(driver.submit("a", 41, 2, remote=True))
+    plan = driver.step(Landed("a", 40), Landed("a", 40))
+    assert [rows.name for rows in plan.rows] == ["a"]
+    driver.run(Landed("a", 40))
+    assert len(driver.output["a"]) == 2
+
+
 def test_a_landing_after_the_cancel_frees_the_pages() -> None:
     driver = Driver(3, min_remote_tokens=16)
     driver.step(driver.submit("a", 41, 2, remote=True))
