@@ -86,7 +86,7 @@ async def _arrivals(
     engine: AsyncLocalEngine, prompts: list[list[int]], params: SamplingParams
 ) -> list[list[float]]:
     async def times_of(prompt: list[int]) -> list[float]:
-        items = engine.stream(prompt, params)
+        items = engine.items(prompt, params)
         return [time.perf_counter() async for item in items if isinstance(item, Delta)]
 
     return await asyncio.gather(*(times_of(prompt) for prompt in prompts))

@@ -173,7 +173,7 @@ async def _answer(
     engine: AsyncRemoteEngine, prompt: list[int], load: Load, expected: str
 ) -> Answer:
     """Raises PeerUnavailable if the prompt was not prefilled where it should have been."""
-    items = [item async for item in engine.stream(prompt, load.params)]
+    items = [item async for item in engine.items(prompt, load.params)]
     started, finished = items[0], items[-1]
     assert isinstance(started, Started)
     assert isinstance(finished, Finished)

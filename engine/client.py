@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from engine.completion import Collector, Completion, StreamItem
+from engine.completion import Collector, Completion, Delta, StreamItem
 from engine.errors import InvalidRequest
 from engine.prompts import Prompt
 from engine.sampling_params import SamplingParams
@@ -22,12 +22,24 @@ class AsyncClient(ABC):
     """Generates from prompts; a place to run them is what subclasses add."""
 
     @abstractmethod
-    def stream(self, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[StreamItem, None]:
-        """The items of one request as they come: Started, Deltas, Finished."""
+    def items(self, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[StreamItem, None]:
+        """Everything one request brings, as it comes: Started, Deltas, Finished."""
 
     @abstractmethod
     async def close(self) -> None:
         """Gives back what the client holds."""
+
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        """The new tokens of one request as they come; closing the iterator cancels it."""
+        items = self.items(prompt, params or SamplingParams())
+        try:
+            async for item in items:
+                if isinstance(item, Delta):
+                    yield item
+        finally:
+            await items.aclose()
 
     async def generate(
         self,
@@ -51,7 +63,7 @@ class AsyncClient(ABC):
 
     async def _collect(self, prompt: Prompt, params: SamplingParams) -> list[Completion]:
         collector = Collector(wants_logprobs=params.logprobs is not None)
-        async for item in self.stream(prompt, params):
+        async for item in self.items(prompt, params):
             collector.add(item)
         return collector.completions()
 
@@ -70,6 +82,8 @@ class AsyncClient(ABC):
 def _one_each(
     prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
 ) -> Sequence[SamplingParams]:
+    if isinstance(prompts, str):
+        raise InvalidRequest("prompts", "it is one text", "a list of prompts")
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * len(prompts)
     if len(params) != len(prompts):
@@ -123,9 +137,17 @@ class BlockingClient:
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> Generator[Delta, None, None]:
+        """As ``AsyncClient.stream``."""
+        return self._each(self._client.stream(prompt, params))
+
+    def items(
+        self, prompt: Prompt, params: SamplingParams | None = None
     ) -> Generator[StreamItem, None, None]:
-        """As ``AsyncClient.stream``; closing the iterator cancels the request."""
-        items = self._client.stream(prompt, params or SamplingParams())
+        """As ``AsyncClient.items``."""
+        return self._each(self._client.items(prompt, params or SamplingParams()))
+
+    def _each(self, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         try:
             while True:
                 try:
@@ -155,7 +177,7 @@ class BlockingClient:
         self.close()
 
 
-async def _next(items: AsyncGenerator[StreamItem, None]) -> StreamItem:
+async def _next(items: AsyncGenerator[T, None]) -> T:
     return await anext(items)
 
 

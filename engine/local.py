@@ -59,7 +59,7 @@ class AsyncLocalEngine(AsyncClient):
         self.engine = AsyncEngine(core)
         self.engine.start()
 
-    async def stream(
+    async def items(
         self, prompt: Prompt, params: SamplingParams
     ) -> AsyncGenerator[StreamItem, None]:
         request = Request(encode_prompt(prompt, self.tokenizer), params, self.capacity)

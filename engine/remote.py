@@ -41,7 +41,7 @@ class AsyncRemoteEngine(AsyncClient):
         stubs = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
         self._turns = itertools.cycle(stubs)
 
-    async def stream(
+    async def items(
         self, prompt: Prompt, params: SamplingParams
     ) -> AsyncGenerator[StreamItem, None]:
         request = prompt_to_wire(prompt)
@@ -58,7 +58,7 @@ class AsyncRemoteEngine(AsyncClient):
             call.cancel()
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text or conversation, as ``stream`` would see them."""
+        """Token ids of a text or conversation, as ``items`` would see them."""
         request = tokenize_to_wire(prompt)
         try:
             response = await next(self._turns).Tokenize(request, timeout=self._timeout_s)

@@ -53,7 +53,7 @@ def _ask() -> str | None:
 def _answer(engine: BlockingClient, messages: list[ChatMessage], params: SamplingParams) -> str:
     """Streams one answer to the terminal; an interrupt ends it early."""
     parts: list[str] = []
-    items = engine.stream(list(messages), params)
+    items = engine.items(list(messages), params)
     try:
         for item in items:
             if isinstance(item, Delta) and item.choice_index == 0:

@@ -54,7 +54,7 @@ async def _ask(endpoints: list[str], question: str) -> str:
     try:
         with ended(span):
             async with AsyncRemoteEngine(endpoints) as engine:
-                async for item in engine.stream(messages, params):
+                async for item in engine.items(messages, params):
                     if isinstance(item, Delta):
                         print(item.text, end="", flush=True)
                     if isinstance(item, Finished):

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     params, prompt = sampling_params(options), prompt_of(options)
     with open_engine(options) as engine:
         collector = Collector(wants_logprobs=params.logprobs is not None)
-        for item in engine.stream(prompt, params):
+        for item in engine.items(prompt, params):
             collector.add(item)
             if isinstance(item, Delta) and item.choice_index == 0 and not options.json:
                 print(item.text, end="", flush=True)

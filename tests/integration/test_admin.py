@@ -54,7 +54,7 @@ async def test_drain_finishes_what_runs_and_takes_nothing_new(redis_url: str) ->
     async with running(redis_url) as cluster, cluster.client() as client:
         node = cluster.decode.pop()
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=300)
-        stream = client.stream(PROMPT, params)
+        stream = client.items(PROMPT, params)
         for _ in range(3):
             await anext(stream)
         async with grpc.aio.insecure_channel(node.endpoint) as channel:

@@ -220,3 +220,19 @@ async def test_the_page_index_names_the_pages_both_services_hold(redis_url: str)
         assert len(holders) == 12
         boots = {node.worker.boot_id.hex() for node in cluster.nodes}
         assert all(each == boots for each in holders)
+
+
+@pytest.mark.parametrize("where", ["local", "remote"])
+async def test_a_stream_brings_the_deltas_that_add_up_to_the_completion(
+    redis_url: str, where: str
+) -> None:
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=30)
+    async with running(redis_url, num_prefill=0) as cluster, cluster.client() as remote:
+        async with AsyncLocalEngine("hash", page_size=16) as engine:
+            client: AsyncClient = remote if where == "remote" else engine
+            (whole,) = await client.generate([text(50)], params)
+            deltas = [delta async for delta in client.stream(text(50), params)]
+    assert "".join(delta.text for delta in deltas) == whole.text
+    assert tuple(token for delta in deltas for token in delta.token_ids) == whole.token_ids
+    assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [whole.finish_reason]
+    assert [delta.first_index for delta in deltas] == list(range(len(deltas)))
