@@ -1,0 +1,23 @@
+"""The time each suite may take on 2 cores, and what it took. Stated, not enforced: a slow machine
+fails no test."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+BUDGET_S = {"unit": 180, "kernels": 60, "integration": 420, "e2e": 240}
+_spent: Counter[str] = Counter()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _spent[Path(report.nodeid).parts[1]] += round(report.duration * 1000)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.section("time per suite")
+    for suite, budget in BUDGET_S.items():
+        if _spent[suite]:
+            terminalreporter.line(f"{suite}: {_spent[suite] / 1000:.0f} s of {budget} s")
