@@ -73,12 +73,15 @@ class _Child:
             )
         threading.Thread(target=self._watch_output, args=(self.process,), daemon=True).start()
 
-    def stop(self, grace_s: float) -> int:
-        """Asks the child to drain; by force after ``grace_s``. Returns its exit code."""
+    def ask_to_stop(self) -> None:
+        """Once only: a second signal would end the child at once."""
+        if self.process is not None and self.alive:
+            self.process.terminate()
+
+    def wait(self, grace_s: float) -> int:
+        """The child's exit code; it is killed after ``grace_s``."""
         if self.process is None:
             return 0
-        if self.alive:
-            self.process.terminate()
         try:
             return self.process.wait(grace_s)
         except subprocess.TimeoutExpired:
@@ -159,9 +162,8 @@ class Supervisor:
         for role in ("decode", "prefill"):
             group = [child for child in self._children if child.plan.role == role]
             for child in group:
-                if child.alive and child.process is not None:
-                    child.process.terminate()
-            codes += [child.stop(self._drain_s + KILL_AFTER_S) for child in group]
+                child.ask_to_stop()
+            codes += [child.wait(self._drain_s + KILL_AFTER_S) for child in group]
         if self._redis is not None:
             self._redis.stop()
         return 0 if all(code == 0 for code in codes) else 1
