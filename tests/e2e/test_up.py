@@ -141,6 +141,33 @@ def test_an_interrupted_answer_frees_its_pages(hash_up: Up) -> None:
     wait_until(nobody_owns)
 
 
+def test_ctrl_c_in_a_chat_cancels_the_answer_and_keeps_the_conversation(hash_up: Up) -> None:
+    process = subprocess.Popen(
+        [*_quire(), "chat", "--ignore-eos", "--max-tokens", "2000", "--seed", "2"],
+        env=hash_up.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"talk for ever, please, and do not end\n")
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+
+    def nobody_owns() -> bool:
+        workers = json.loads(hash_up.quire("pages", "--json").stdout)["workers"]
+        return all(not page["owners"] for worker in workers for page in worker["pages"])
+
+    wait_until(nobody_owns)
+    assert process.poll() is None
+    _, errors = process.communicate(b"again\n", timeout=60)
+    assert process.returncode == 0
+    assert errors.count(b"[cancelled]") == 1
+    assert errors.count(b"from the prefix cache, 2000 out]") == 1
+
+
 def test_a_second_up_in_the_same_folder_is_refused(hash_up: Up) -> None:
     result = hash_up.quire("up", "--model", "hash")
     assert result.returncode == 1
