@@ -109,8 +109,8 @@ class IntakeDesk:
         self._tell(self._offer(wanted, reservation, worker))
         try:
             with stage_span(Lifecycle.HANDOVER) as span, self._metrics.handover_seconds.time():
-                span.set_attribute("quire.worker", worker.boot_id)
                 call = self._call(wanted, reservation, worker)
+                span.set_attribute("quire.worker", worker.boot_id)
                 num_bytes = await self._pull(call, wanted, reservation, worker)
                 span.set_attribute("quire.bytes", num_bytes)
         except HandoverFailed as failure:
@@ -120,6 +120,9 @@ class IntakeDesk:
                 self._workers.failed(worker)
             self._tell(self._settle(call, wanted, worker, HandoverState.FAILED))
             return False
+        except asyncio.CancelledError:
+            self._tell(self._settle(call, wanted, worker, HandoverState.CANCELLED))
+            raise
         self._metrics.handovers.labels("landed").inc()
         self._metrics.handover_bytes.inc(num_bytes)
         self._tell(self._settle(call, wanted, worker, HandoverState.LANDED))
@@ -162,8 +165,10 @@ class IntakeDesk:
         except grpc.aio.AioRpcError as error:
             raise HandoverFailed(error.code().name.lower(), error.details() or "") from error
         except asyncio.CancelledError:
-            call.cancel()
-            raise
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise HandoverFailed("cancelled", "the channel was closed") from None
 
     async def _read(
         self,

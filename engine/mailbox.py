@@ -10,7 +10,7 @@ from typing import TypeVar
 from engine.core import EngineCore, Task
 from engine.errors import EngineFault, QuireError, ResourceExhausted
 from engine.outputs import Failed, Output, PageFinished, Reserved
-from engine.scheduler import ReadsEnded, WritesEnded
+from engine.scheduler import Landed, ReadsEnded
 from engine.worker import EngineWorker
 
 T = TypeVar("T")
@@ -117,7 +117,7 @@ class AsyncEngine:
             if isinstance(output, PageFinished):
                 self.worker.post(ReadsEnded((output.page.identity.reference.slot,)))
             if isinstance(output, Reserved):
-                self.worker.post(WritesEnded(output.name))
+                self.worker.post(Landed(output.name, 0))
 
     def _broken(self, error: BaseException) -> None:
         self._loop.call_soon_threadsafe(self._fail_all)

@@ -31,7 +31,7 @@ from engine.outputs import (
     TokenOutput,
 )
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Landed, WritesEnded
+from engine.scheduler import Landed
 from engine.telemetry.attributes import (
     GEN_AI_RESPONSE_FINISH_REASONS,
     GEN_AI_RESPONSE_ID,
@@ -208,11 +208,11 @@ class _Run:
         self._times.joined = now_ns()
 
     def _intake_ended(self, name: str, intake: asyncio.Task[None]) -> None:
-        """However it ended, even before it began, nobody writes into the reserved pages now."""
+        """However it ended, even before it began, nobody writes into the reserved pages now: what
+        did not land is computed here. It changes nothing if the intake has told of a landing."""
         if not intake.cancelled() and intake.exception() is not None:
             log.error("intake failed; the prompt is computed here", exc_info=intake.exception())
-            self._engine.worker.post(Landed(name, 0))
-        self._engine.worker.post(WritesEnded(name))
+        self._engine.worker.post(Landed(name, 0))
 
     def _token(self, output: TokenOutput) -> Delta:
         now = now_ns()

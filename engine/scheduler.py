@@ -66,17 +66,11 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """The handover into reserved pages is over; the first ``num_tokens`` tokens are verified."""
+    """The handover into reserved pages is over: nobody writes into them any more, and the first
+    ``num_tokens`` tokens are verified. Only the first one told of a sequence counts."""
 
     name: str
     num_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class WritesEnded:
-    """Nobody writes into the pages reserved for ``name`` any more."""
-
-    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +80,7 @@ class ReadsEnded:
     slots: tuple[int, ...]
 
 
-Event = Submit | Cancel | Landed | WritesEnded | ReadsEnded
+Event = Submit | Cancel | Landed | ReadsEnded
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +242,6 @@ class Scheduler:
                 self.pool.end_lease(self._leased.pop(name, []), name)
             case Landed(name, num_tokens):
                 self._land(name, num_tokens)
-            case WritesEnded(name):
-                self._end_writes(name)
             case ReadsEnded(slots):
                 self.pool.end_reads(slots)
 
@@ -271,7 +263,7 @@ class Scheduler:
             self._followers.setdefault(leader.name, []).append(event.name)
 
     def _land(self, name: str, num_tokens: int) -> None:
-        self._end_writes(name)
+        self.pool.end_writes(self._writing.pop(name, []))
         if name not in self._reserved:
             return
         sequence = self._sequences[name]
@@ -281,9 +273,6 @@ class Scheduler:
         self._seal_full_pages(sequence)
         if sequence.has_prompt:
             self._wake_followers(name)
-
-    def _end_writes(self, name: str) -> None:
-        self.pool.end_writes(self._writing.pop(name, []))
 
     # -- leaving
 

@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from decode_svc import intake
+from engine.completion import Started
 from engine.errors import DeadlineExceeded, EngineFault, ResourceExhausted
 from engine.local import AsyncLocalEngine
 from engine.sampling_params import SamplingParams
@@ -19,7 +20,7 @@ from kvstore.page import group_digest
 from kvstore.transports.grpc_wire import fingerprint_to_wire, frame_from_wire
 from prefill_svc import export
 from quire.v1 import pages_pb2, prefill_pb2, prefill_pb2_grpc
-from tests.integration.cluster import Cluster, Node, running, until
+from tests.integration.cluster import Cluster, Node, eventually, running, until
 
 LONG = list(range(200)) * 3
 PARAMS = SamplingParams(temperature=1.0, seed=1, max_tokens=20, logprobs=1)
@@ -384,3 +385,49 @@ def _renamed(record: intake.WorkerRecord) -> intake.WorkerRecord:
     from dataclasses import replace
 
     return replace(record, boot_id="ab" * 16)
+
+
+async def test_a_channel_that_closes_under_a_handover_leaves_the_prompt_to_decode(
+    redis_url: str,
+) -> None:
+    """gRPC tells the reader that it was cancelled, though nobody cancelled the request."""
+    async with running(redis_url) as cluster, cluster.client() as client:
+        cluster.prefill[0].model.gate.clear()
+        work = asyncio.create_task(client.generate([LONG], PARAMS))
+        await until_busy(cluster.prefill[0])
+        workers = cluster.decode[0].worker._workers  # type: ignore[attr-defined]
+        for channel in workers._channels.values():
+            await channel.close()
+        workers._channels.clear()
+        (found,) = await work
+        cluster.prefill[0].model.gate.set()
+        assert found.token_ids == await expected_tokens()
+        assert found.prefilled == "local"
+
+
+async def test_redis_is_told_how_every_handover_ended(redis_url: str) -> None:
+    async with running(redis_url) as cluster, cluster.client() as client:
+        decode = cluster.decode[0].worker
+        landed = client.items(LONG, PARAMS)
+        first = await anext(landed)
+        async for _ in landed:
+            pass
+        cluster.prefill[0].model.gate.clear()
+        cancelled = client.items([7, *LONG], PARAMS)
+        second = await anext(cancelled)
+        await until_busy(cluster.prefill[0])
+        await cancelled.aclose()
+        states = {}
+        for item in (first, second):
+            assert isinstance(item, Started)
+            name = item.request_id.hex()
+
+            async def ended(name: str = name) -> bool:
+                record = await decode.index.handover(name)
+                if record is not None:
+                    states[name] = str(record.state)
+                return record is not None and record.state != "offered"
+
+            await eventually(ended)
+        assert list(states.values()) == ["landed", "cancelled"]
+        cluster.prefill[0].model.gate.set()

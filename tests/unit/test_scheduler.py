@@ -17,7 +17,6 @@ from engine.scheduler import (
     SchedulerLimits,
     StepPlan,
     Submit,
-    WritesEnded,
 )
 from engine.sequence import Goal
 from kvstore.pool import PagePool
@@ -261,7 +260,7 @@ def test_pages_of_a_cancelled_reservation_wait_for_its_writer() -> None:
     driver.step(driver.submit("a", 41, 2, remote=True))
     driver.step(Cancel("a"))
     assert driver.pool.num_available == 0
-    driver.step(WritesEnded("a"))
+    driver.step(Landed("a", 0))
     assert driver.pool.num_available == 3
 
 
