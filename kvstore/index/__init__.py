@@ -76,6 +76,7 @@ class PageIndex(Protocol):
     async def register(self, record: WorkerRecord, ttl_s: float) -> None:
         """Makes a worker known, or renews it with its present load: this is also the heartbeat.
 
+        A new identity takes the place of the one registered at its endpoint, which must have died.
         Raises IdentityConflict if the same identity is alive under another endpoint.
         """
 

@@ -48,7 +48,9 @@ class MemoryPageIndex:
         check_ttl(ttl_s)
         now = self._now()
         known = self._workers.get(record.boot_id)
-        if known and known.expires > now and known.record.endpoint != record.endpoint:
+        if known is None or known.expires <= now:
+            self._forget_worker_at(record.endpoint)
+        elif known.record.endpoint != record.endpoint:
             raise IdentityConflict(record)
         self._workers[record.boot_id] = _Worker(record, now + ttl_s)
 
@@ -127,6 +129,10 @@ class MemoryPageIndex:
 
     async def close(self) -> None:
         self._closed = True
+
+    def _forget_worker_at(self, endpoint: str) -> None:
+        others = {k: v for k, v in self._workers.items() if v.record.endpoint != endpoint}
+        self._workers = others
 
     def _live_handover(self, request_id: str, now: float) -> _Handover | None:
         known = self._handovers.get(request_id)

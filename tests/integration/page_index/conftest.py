@@ -101,13 +101,13 @@ async def subject(
 
 @pytest.fixture
 def worker() -> Callable[..., WorkerRecord]:
-    """A worker's record; every field may be given."""
+    """A worker's record; every field may be given. Each identity has an endpoint of its own."""
 
-    def make(**given: Any) -> WorkerRecord:
+    def make(boot_id: str = "a1" * 16, **given: Any) -> WorkerRecord:
         defaults = {
-            "boot_id": "a1" * 16,
+            "boot_id": boot_id,
             "role": "prefill",
-            "endpoint": "127.0.0.1:50051",
+            "endpoint": f"host-{boot_id}:50051",
             "fingerprint": "f0" * 16,
             "model": "smollm2",
             "load": WorkerLoad(1, 2, 300, 40, 50),

@@ -16,7 +16,7 @@ from kvstore.index import (
     WorkerLoad,
 )
 
-A, B = "a1" * 16, "b2" * 16
+A, B, C = "a1" * 16, "b2" * 16, "c4" * 16
 MODEL = "f0" * 16
 REQUEST = "c3" * 16
 PAGES = [bytes([number]) * 16 for number in range(1, 6)]
@@ -109,6 +109,16 @@ async def test_of_two_workers_claiming_one_identity_at_once_one_wins(subject, wo
     assert len(winners) == 1
     assert await subject.index.workers() == winners
     assert sum(isinstance(result, IdentityConflict) for result in results) == 7
+
+
+async def test_a_restarted_worker_takes_the_place_of_the_one_that_died_at_its_endpoint(
+    subject, worker
+):
+    dead, bystander = worker(boot_id=A), worker(boot_id=C)
+    heir = worker(boot_id=B, endpoint=dead.endpoint)
+    for record in (dead, bystander, heir, heir):
+        await subject.index.register(record, LONG_S)
+    assert await subject.index.workers() == [heir, bystander]
 
 
 async def test_identity_is_free_again_when_its_worker_is_forgotten(subject, worker):
