@@ -10,18 +10,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
-from contextlib import suppress
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc
+from opentelemetry.trace import Span
 
 from decode_svc.workers import PrefillWorkers
 from engine.lifecycle import Lifecycle
 from engine.mailbox import AsyncEngine
 from engine.outputs import Reserved
 from engine.scheduler import Landed, Reservation
+from engine.telemetry.logs import fields
 from engine.telemetry.metrics import Metrics
 from engine.telemetry.tracing import stage_span
 from kvstore.index import HandoverRecord, HandoverState, PageIndex, PageIndexError, WorkerRecord
@@ -100,24 +102,19 @@ class IntakeDesk:
 
     async def _hand_over(self, wanted: Wanted, reservation: Reservation) -> bool:
         """Whether the pages are here, verified and committed."""
-        with stage_span(Lifecycle.CHOOSE) as span:
-            worker = self._workers.choose()
-            span.set_attribute("quire.worker", worker.boot_id if worker else "none")
+        worker = self._choose(wanted)
         if worker is None:
-            self._metrics.handovers.labels("no_worker").inc()
             return False
         self._tell(self._offer(wanted, reservation, worker))
         try:
             with stage_span(Lifecycle.HANDOVER) as span, self._metrics.handover_seconds.time():
                 call = self._call(wanted, reservation, worker)
                 span.set_attribute("quire.worker", worker.boot_id)
-                num_bytes = await self._pull(call, wanted, reservation, worker)
+                with _reason_told(span):
+                    num_bytes = await self._pull(call, wanted, reservation, worker)
                 span.set_attribute("quire.bytes", num_bytes)
         except HandoverFailed as failure:
-            log.warning("handover failed request=%s %s", wanted.request_id.hex(), failure)
-            self._metrics.handovers.labels(failure.reason).inc()
-            if failure.reason != "resource_exhausted":
-                self._workers.failed(worker)
+            self._failed(failure, wanted, worker)
             self._tell(self._settle(call, wanted, worker, HandoverState.FAILED))
             return False
         except asyncio.CancelledError:
@@ -127,6 +124,28 @@ class IntakeDesk:
         self._metrics.handover_bytes.inc(num_bytes)
         self._tell(self._settle(call, wanted, worker, HandoverState.LANDED))
         return True
+
+    def _choose(self, wanted: Wanted) -> WorkerRecord | None:
+        with stage_span(Lifecycle.CHOOSE) as span:
+            worker = self._workers.choose()
+            span.set_attribute("quire.worker", worker.boot_id if worker else "none")
+        if worker is None:
+            facts = fields(request=wanted.request_id.hex(), known=self._workers.standing())
+            log.info("no prefill worker, the prompt is computed here", extra=facts)
+            self._metrics.handovers.labels("no_worker").inc()
+        return worker
+
+    def _failed(self, failure: HandoverFailed, wanted: Wanted, worker: WorkerRecord) -> None:
+        facts = fields(
+            request=wanted.request_id.hex(),
+            worker=worker.boot_id,
+            endpoint=worker.endpoint,
+            failure=failure,
+        )
+        log.warning("handover failed, the prompt is computed here", extra=facts)
+        self._metrics.handovers.labels(failure.reason).inc()
+        if failure.reason != "resource_exhausted":
+            self._workers.failed(worker)
 
     def _call(self, wanted: Wanted, reservation: Reservation, worker: WorkerRecord) -> PrefillCall:
         request = pb.PrefillRequest(
@@ -236,6 +255,16 @@ class IntakeDesk:
             await message
         except PageIndexError as error:
             log.debug("page index not told: %s", error)
+
+
+@contextmanager
+def _reason_told(span: Span) -> Iterator[None]:
+    """The span of a failed handover tells why it failed."""
+    try:
+        yield
+    except HandoverFailed as failure:
+        span.set_attribute("quire.failure", failure.reason)
+        raise
 
 
 async def _end(call: PrefillCall, *, landed: bool) -> None:

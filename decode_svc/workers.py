@@ -1,8 +1,9 @@
 """The prefill workers this decode service knows, kept fresh in the background.
 
 Redis is a hint (law 6). When it is silent the last list stays in use. When it was restarted empty,
-workers it does not name yet are kept until they had time to register again. A worker that fails a
-call is left alone for a while whatever Redis says.
+workers it does not name yet are kept until they had time to register again; not so a worker whose
+endpoint another one has taken: it is dead. A worker that fails a call is left alone for a while
+whatever Redis says.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ class _Known:
 
 
 class PrefillWorkers:
-    """Chooses workers and keeps one channel per endpoint."""
+    """Chooses workers and keeps one channel to each.
+
+    A worker restarted at its old endpoint is another worker with a channel of its own: the old one
+    may wait for a long time before it tries to connect again.
+    """
 
     def __init__(
         self, index: PageIndex, fingerprint: str, clock: Callable[[], float] = time.monotonic
@@ -52,14 +57,21 @@ class PrefillWorkers:
         records = [known.record for known in self._known.values()]
         return choose_prefill(records, self._fingerprint, self._avoid)
 
+    def standing(self) -> str:
+        """Every known worker's endpoint and what speaks for or against it, for logs."""
+        each = [
+            f"{known.record.endpoint} {self._fit(known.record)}" for known in self._known.values()
+        ]
+        return ", ".join(each) or "none known"
+
     def failed(self, worker: WorkerRecord) -> None:
         """The worker broke a handover: leave it alone for a while."""
         self._avoid[worker.boot_id] = self._clock() + AVOID_S
 
     def channel(self, worker: WorkerRecord) -> grpc.aio.Channel:
-        if worker.endpoint not in self._channels:
-            self._channels[worker.endpoint] = open_channel(worker.endpoint, "pages")
-        return self._channels[worker.endpoint]
+        if worker.boot_id not in self._channels:
+            self._channels[worker.boot_id] = open_channel(worker.endpoint, "pages")
+        return self._channels[worker.boot_id]
 
     async def refresh(self) -> None:
         """Reads the list once; a failure keeps what is known."""
@@ -69,9 +81,13 @@ class PrefillWorkers:
             log.debug("worker list not refreshed: %s", error)
             return
         now = self._clock()
-        fresh = {known.record.boot_id: known for known in self._known.values() if known.until > now}
-        fresh |= {record.boot_id: _Known(record, now + KEEP_S) for record in listed}
-        self._known = fresh
+        taken = {record.endpoint for record in listed}
+        kept = {
+            boot_id: known
+            for boot_id, known in self._known.items()
+            if known.until > now and known.record.endpoint not in taken
+        }
+        self._known = kept | {record.boot_id: _Known(record, now + KEEP_S) for record in listed}
         await self._close_unused()
 
     async def keep_fresh(self) -> None:
@@ -84,7 +100,11 @@ class PrefillWorkers:
         self._known = {}
         await self._close_unused()
 
+    def _fit(self, record: WorkerRecord) -> str:
+        if record.fingerprint != self._fingerprint:
+            return "other fingerprint"
+        return "failed lately" if record.boot_id in self._avoid else record.state
+
     async def _close_unused(self) -> None:
-        endpoints = {known.record.endpoint for known in self._known.values()}
-        for endpoint in [each for each in self._channels if each not in endpoints]:
-            await self._channels.pop(endpoint).close()
+        for boot_id in self._channels.keys() - self._known.keys():
+            await self._channels.pop(boot_id).close()

@@ -38,6 +38,10 @@ class Up:
     def pid_of(self, role: str) -> int:
         return next(each["pid"] for each in self.state["services"] if each["role"] == role)
 
+    def log_of(self, role: str) -> str:
+        """What the services of a role have logged, to explain a failed assertion."""
+        return "".join(path.read_text() for path in (self.folder / "logs").glob(f"{role}-*.log"))
+
     def quire(self, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*QUIRE, *arguments],

@@ -35,7 +35,7 @@ def test_generate_goes_through_both_services_and_equals_local(hash_up: Up) -> No
     flags = ["--prompt", PROMPT, "--max-tokens", "24", "--temperature", "0.8", "--seed", "5"]
     remote = hash_up.generate(*flags)
     local = hash_up.generate(*flags, "--local", "--model", "hash")
-    assert remote["prefilled"] == "remote"
+    assert remote["prefilled"] == "remote", hash_up.log_of("decode")
     for key in ("prompt_ids", "token_ids", "text", "finish_reason", "seed"):
         assert remote[key] == local[key]
     assert set(remote["timings"]) == {"queue_s", "prefill_s", "first_token_s", "total_s"}
@@ -225,7 +225,7 @@ def test_without_redis_new_requests_are_served_and_workers_come_back(hash_up: Up
         pid = int(client.info("server")["process_id"])  # type: ignore[index]
         os.kill(pid, signal.SIGKILL)
         found = hash_up.generate("--prompt", "without redis " * 20, "--max-tokens", "4")
-        assert found["prefilled"] == "remote"
+        assert found["prefilled"] == "remote", hash_up.log_of("decode")
 
         def registered() -> bool:
             try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -19,8 +20,18 @@ from engine.sampling_params import SamplingParams
 from kvstore.page import group_digest
 from kvstore.transports.grpc_wire import fingerprint_to_wire, frame_from_wire
 from prefill_svc import export
+from prefill_svc.__main__ import PrefillWorker
+from prefill_svc.config import PrefillSettings
 from quire.v1 import pages_pb2, prefill_pb2, prefill_pb2_grpc
-from tests.integration.cluster import Cluster, Node, eventually, running, until
+from tests.integration.cluster import (
+    Cluster,
+    Node,
+    eventually,
+    running,
+    settings_for,
+    start,
+    until,
+)
 
 LONG = list(range(200)) * 3
 PARAMS = SamplingParams(temperature=1.0, seed=1, max_tokens=20, logprobs=1)
@@ -371,6 +382,31 @@ async def test_a_prefill_worker_that_is_gone_costs_nothing_but_time(redis_url: s
         assert found.prefilled == "local"
 
 
+async def test_a_prefill_worker_killed_and_restarted_at_its_endpoint_takes_all_prompts_again(
+    redis_url: str,
+) -> None:
+    """The dead one is still listed, lower in order, and the way to it has failed just now."""
+    async with running(redis_url) as cluster, cluster.client() as client:
+        decode, dead = cluster.decode[0].worker, cluster.prefill.pop()
+        await dead.close()
+        endpoint = dead.endpoint
+        lowest = replace(await dead.worker._record(endpoint), boot_id="00" * 16, state="serving")
+        await decode.index.register(lowest, 60.0)
+        workers = decode._workers  # type: ignore[attr-defined]
+        await until(lambda: workers.choose() == lowest)
+        (found,) = await client.generate([[0, *LONG]], PARAMS)
+        assert found.prefilled == "local"
+
+        port = int(endpoint.rpartition(":")[2])
+        settings = PrefillSettings(**settings_for(redis_url, port=port))
+        cluster.prefill.append(heir := await start(PrefillWorker, settings))
+        await until(lambda: heir.worker.boot_id.hex() in workers._known)
+        workers._avoid.clear()
+        for number in range(1, 5):
+            (found,) = await client.generate([[number, *LONG]], PARAMS)
+            assert found.prefilled == "remote", failures(cluster)
+
+
 async def test_an_answer_of_another_worker_than_the_index_named_is_refused(redis_url: str) -> None:
     async with running(redis_url) as cluster, cluster.client() as client:
         workers = cluster.decode[0].worker._workers  # type: ignore[attr-defined]
@@ -382,8 +418,6 @@ async def test_an_answer_of_another_worker_than_the_index_named_is_refused(redis
 
 
 def _renamed(record: intake.WorkerRecord) -> intake.WorkerRecord:
-    from dataclasses import replace
-
     return replace(record, boot_id="ab" * 16)
 
 

@@ -93,3 +93,47 @@ async def test_a_worker_that_failed_is_left_alone_for_a_while() -> None:
     assert workers.choose() == worker("b", queued=9)
     clock.now = AVOID_S + 1
     assert workers.choose() == worker("a")
+
+
+async def test_a_worker_whose_endpoint_another_one_has_taken_is_forgotten_at_once() -> None:
+    index = Index()
+    workers = PrefillWorkers(index, FINGERPRINT, Clock())
+    dead, bystander = worker("a"), worker("c", queued=9)
+    heir = replace(worker("b", queued=5), endpoint=dead.endpoint)
+    index.listed = [dead, bystander]
+    await workers.refresh()
+    index.listed = [heir]
+    await workers.refresh()
+    assert workers.choose() == heir
+    workers.failed(heir)
+    assert workers.choose() == bystander
+
+
+async def test_a_worker_restarted_at_its_endpoint_gets_a_channel_of_its_own() -> None:
+    index = Index()
+    workers = PrefillWorkers(index, FINGERPRINT, Clock())
+    dead = worker("a")
+    heir = replace(worker("b"), endpoint=dead.endpoint)
+    index.listed = [dead]
+    await workers.refresh()
+    old = workers.channel(dead)
+    index.listed = [heir]
+    await workers.refresh()
+    new = workers.channel(heir)
+    assert new is not old
+    await workers.refresh()
+    assert workers.channel(heir) is new
+    await workers.close()
+
+
+async def test_what_speaks_against_each_worker_is_told() -> None:
+    index = Index()
+    workers = PrefillWorkers(index, FINGERPRINT, Clock())
+    assert workers.standing() == "none known"
+    strange = replace(worker("c"), fingerprint="0" * 32)
+    index.listed = [worker("a"), replace(worker("b"), state="draining"), strange]
+    await workers.refresh()
+    workers.failed(worker("a"))
+    assert workers.choose() is None
+    told = ["97 failed lately", "98 draining", "99 other fingerprint"]
+    assert workers.standing() == ", ".join(f"127.0.0.1:{each}" for each in told)
