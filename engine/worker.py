@@ -70,10 +70,12 @@ class EngineWorker:
         self._commands.put(cancel)
 
     def call(self, function: Callable[[EngineCore], T]) -> Future[T]:
-        """Runs ``function`` between two steps and returns its result."""
+        """Runs ``function`` between two steps and returns its result; not if cancelled before."""
         future: Future[T] = Future()
 
         def run(core: EngineCore) -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(function(core))
             except Exception as error:

@@ -50,10 +50,29 @@ async def test_state_and_pages_tell_what_a_worker_holds(redis_url: str) -> None:
     assert all("owned by" in page.reason and page.held_s >= 0 for page in owned)
 
 
+async def test_a_question_that_is_given_up_before_its_turn_leaves_the_engine_alive(
+    redis_url: str,
+) -> None:
+    async with running(redis_url, num_prefill=0) as cluster, cluster.client() as client:
+        node, params = cluster.decode[0], SamplingParams(temperature=0, max_tokens=5)
+        node.model.gate.clear()
+        num_steps = node.model.num_steps
+        work = asyncio.create_task(client.generate([PROMPT], params))
+        await until(lambda: node.model.num_steps > num_steps)
+        question = asyncio.create_task(node.worker.engine.call(lambda core: core.totals))
+        await asyncio.sleep(0)
+        question.cancel()
+        node.model.gate.set()
+        (found,) = await work
+        assert len(found.token_ids) == 5
+        assert question.cancelled()
+        assert not node.worker.broken
+
+
 async def test_drain_finishes_what_runs_and_takes_nothing_new(redis_url: str) -> None:
-    async with running(redis_url) as cluster, cluster.client() as client:
+    async with running(redis_url, drain_s=20.0) as cluster, cluster.client() as client:
         node = cluster.decode.pop()
-        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=300)
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=1000)
         stream = client.items(PROMPT, params)
         for _ in range(3):
             await anext(stream)
