@@ -9,14 +9,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+
+from quire.v1 import admin_pb2, admin_pb2_grpc
 
 QUIRE = [sys.executable, "-m", "engine.cli.main"]
 START_TIMEOUT_S = 90.0
+PATIENCE_S = 60.0
 
 
 @dataclass
@@ -38,6 +43,39 @@ class Up:
     def pid_of(self, role: str) -> int:
         return next(each["pid"] for each in self.state["services"] if each["role"] == role)
 
+    def endpoint_of(self, role: str) -> str:
+        return next(each["endpoint"] for each in self.state["services"] if each["role"] == role)
+
+    def pages_of(self, role: str) -> admin_pb2.ListPagesResponse:
+        """What a worker holds, asked from here: `quire pages` takes seconds to start, in which what
+        a test waits for may have come and gone."""
+        with grpc.insecure_channel(self.endpoint_of(role)) as channel:
+            stub = admin_pb2_grpc.AdminServiceStub(channel)
+            return stub.ListPages(admin_pb2.ListPagesRequest(), timeout=PATIENCE_S)
+
+    def runs_something(self) -> bool:
+        """Whether a sequence owns pages in the decode service."""
+        return any(page.owners for page in self.pages_of("decode").pages)
+
+    def holds_nothing(self) -> bool:
+        """Whether all pages of both services are free, or kept by the prefix cache alone."""
+        pages = [page for role in ("prefill", "decode") for page in self.pages_of(role).pages]
+        return all(page.reason == "kept by the prefix cache" for page in pages)
+
+    def hands_over(self) -> bool:
+        """Whether a prompt that no cache has seen is prefilled by the prefill service."""
+        prompt = os.urandom(4).hex() * 40
+        return bool(self.generate("--prompt", prompt, "--max-tokens", "1")["prefilled"] == "remote")
+
+    @contextmanager
+    def unsupervised(self) -> Iterator[None]:
+        """While the block runs, what dies stays dead."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
     def log_of(self, role: str) -> str:
         """What the services of a role have logged, to explain a failed assertion."""
         return "".join(path.read_text() for path in (self.folder / "logs").glob(f"{role}-*.log"))
@@ -57,13 +95,13 @@ class Up:
         found: dict[str, Any] = json.loads(result.stdout)
         return found
 
-    def stop(self, number: int = signal.SIGTERM, timeout: float = 30) -> int:
+    def stop(self, number: int = signal.SIGTERM, timeout: float = PATIENCE_S) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.wait(timeout)
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
     """Waits until the condition is true; fails if it never is."""
     give_up = time.monotonic() + timeout_s
     while not condition():

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Up
+from tests.e2e.conftest import Up, wait_until
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BIN = Path(sys.executable).parent
@@ -72,20 +74,19 @@ def test_the_python_example_runs(smollm2_up: Up) -> None:
 
 
 def test_with_the_prefill_process_killed_the_same_tokens_come_out(smollm2_up: Up) -> None:
-    import os
-    import signal
-
     prompt = "A long prompt about the history of Paris, worth handing over to a service. " * 8
     flags = ["--prompt", prompt, "--max-tokens", "8"]
     before = smollm2_up.generate(*flags)
-    assert before["prefilled"] == "remote"
-    os.kill(smollm2_up.pid_of("prefill"), signal.SIGKILL)
-    again = smollm2_up.generate("--prompt", prompt, "--max-tokens", "8")
-    other = smollm2_up.generate("--prompt", "Now: " + prompt, "--max-tokens", "8")
+    assert before["prefilled"] == "remote", smollm2_up.log_of("decode")
+    with smollm2_up.unsupervised():
+        os.kill(smollm2_up.pid_of("prefill"), signal.SIGKILL)
+        again = smollm2_up.generate("--prompt", prompt, "--max-tokens", "8")
+        other = smollm2_up.generate("--prompt", "Now: " + prompt, "--max-tokens", "8")
     local = smollm2_up.generate("--prompt", "Now: " + prompt, "--max-tokens", "8", "--local")
     assert again["token_ids"] == before["token_ids"]
     assert other["token_ids"] == local["token_ids"]
     assert other["prefilled"] == "local"
+    wait_until(smollm2_up.hands_over)
 
 
 def test_every_path_the_readme_names_exists() -> None:

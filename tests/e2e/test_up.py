@@ -8,8 +8,10 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
 import redis
 
+from kvstore.index.keys import Keys
 from tests.e2e.conftest import Up, start_up, wait_until
 
 PROMPT = "a prompt that is long enough to be worth handing over. " * 8
@@ -32,7 +34,8 @@ def test_up_tells_where_everything_is(hash_up: Up) -> None:
 
 
 def test_generate_goes_through_both_services_and_equals_local(hash_up: Up) -> None:
-    flags = ["--prompt", PROMPT, "--max-tokens", "24", "--temperature", "0.8", "--seed", "5"]
+    prompt = "computed in the one service, continued in the other. " * 8
+    flags = ["--prompt", prompt, "--max-tokens", "24", "--temperature", "0.8", "--seed", "5"]
     remote = hash_up.generate(*flags)
     local = hash_up.generate(*flags, "--local", "--model", "hash")
     assert remote["prefilled"] == "remote", hash_up.log_of("decode")
@@ -71,6 +74,7 @@ def test_choices_and_logprobs_are_in_the_json(hash_up: Up) -> None:
 
 def test_pages_lists_who_holds_what(hash_up: Up) -> None:
     hash_up.generate("--prompt", PROMPT, "--max-tokens", "4")
+    wait_until(hash_up.holds_nothing)
     result = hash_up.quire("pages", "--json")
     assert result.returncode == 0, result.stderr
     workers = json.loads(result.stdout)["workers"]
@@ -133,12 +137,7 @@ def test_an_interrupted_answer_frees_its_pages(hash_up: Up) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
     process.stdout.close()
-
-    def nobody_owns() -> bool:
-        workers = json.loads(hash_up.quire("pages", "--json").stdout)["workers"]
-        return all(not page["owners"] for worker in workers for page in worker["pages"])
-
-    wait_until(nobody_owns)
+    wait_until(hash_up.holds_nothing)
 
 
 def test_ctrl_c_in_a_chat_cancels_the_answer_and_keeps_the_conversation(hash_up: Up) -> None:
@@ -155,12 +154,7 @@ def test_ctrl_c_in_a_chat_cancels_the_answer_and_keeps_the_conversation(hash_up:
     process.stdin.write(b"talk for ever, please, and do not end\n")
     assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-
-    def nobody_owns() -> bool:
-        workers = json.loads(hash_up.quire("pages", "--json").stdout)["workers"]
-        return all(not page["owners"] for worker in workers for page in worker["pages"])
-
-    wait_until(nobody_owns)
+    wait_until(hash_up.holds_nothing)
     assert process.poll() is None
     _, errors = process.communicate(b"again\n", timeout=60)
     assert process.returncode == 0
@@ -183,12 +177,7 @@ def test_a_killed_prefill_service_costs_nothing_and_comes_back(hash_up: Up) -> N
     found = hash_up.generate(*flags)
     assert found["token_ids"] == before["token_ids"]
     wait_until(lambda: hash_up.pid_of("prefill") != killed)
-
-    def handed_over() -> bool:
-        number = os.urandom(4).hex()
-        return bool(hash_up.generate("--prompt", number * 40)["prefilled"] == "remote")
-
-    wait_until(handed_over)
+    wait_until(hash_up.hands_over)
 
 
 def test_a_prefill_service_killed_in_the_middle_of_a_handover_changes_no_token(
@@ -198,42 +187,39 @@ def test_a_prefill_service_killed_in_the_middle_of_a_handover_changes_no_token(
     prompt = "the middle of a handover. " * 100
     flags = ["--prompt", prompt, "--max-tokens", "12", "--temperature", "1", "--seed", "3"]
     up = start_up(tmp_path / "state", "--model", "hash", QUIRE_CHUNK_TOKENS="1")
-    endpoints = {each["role"]: each["endpoint"] for each in up.state["services"]}
     request = subprocess.Popen(
         [*_quire(), "generate", *flags, "--json"],
         env=up.environment,
         stdout=subprocess.PIPE,
         text=True,
     )
-    wait_until(lambda: _num_sealed(up, endpoints["prefill"]) > 5)
+    wait_until(lambda: up.pages_of("prefill").counts.sealed > 5)
     os.kill(up.pid_of("prefill"), signal.SIGKILL)
     output, _ = request.communicate(timeout=60)
     found = json.loads(output)
-    assert found["prefilled"] == "local"
+    assert found["prefilled"] == "local", up.log_of("decode")
     assert found["token_ids"] == up.generate(*flags, "--local", "--model", "hash")["token_ids"]
-    wait_until(lambda: not _running(up, endpoints["decode"]))
+    wait_until(lambda: not up.runs_something())
     assert up.stop() == 0
 
 
-def _num_sealed(up: Up, endpoint: str) -> int:
-    listed = json.loads(up.quire("pages", "--json", "--endpoint", endpoint).stdout)["workers"][0]
-    return int(listed["counts"]["sealed"])
-
-
 def test_without_redis_new_requests_are_served_and_workers_come_back(hash_up: Up) -> None:
-    with redis.Redis.from_url(hash_up.state["redis"]) as client:
-        pid = int(client.info("server")["process_id"])  # type: ignore[index]
-        os.kill(pid, signal.SIGKILL)
-        found = hash_up.generate("--prompt", "without redis " * 20, "--max-tokens", "4")
-        assert found["prefilled"] == "remote", hash_up.log_of("decode")
+    with redis.Redis.from_url(hash_up.state["redis"], retry=None) as client:
+        with hash_up.unsupervised():
+            os.kill(int(client.info("server")["process_id"]), signal.SIGKILL)  # type: ignore[index]
+            found = hash_up.generate("--prompt", "without redis " * 20, "--max-tokens", "4")
+            assert found["prefilled"] == "remote", hash_up.log_of("decode")
+            with pytest.raises(redis.ConnectionError):
+                client.ping()
 
-        def registered() -> bool:
+        def both_registered() -> bool:
             try:
-                return any(client.scan_iter("*worker*"))
+                return client.hlen(Keys("quire").workers) == 2
             except redis.RedisError:
                 return False
 
-        wait_until(registered)
+        wait_until(both_registered)
+    wait_until(hash_up.hands_over)
 
 
 def test_up_stops_everything_on_sigterm_and_leaves_nothing(tmp_path: Path) -> None:
@@ -253,17 +239,11 @@ def test_ctrl_c_in_the_terminal_lets_a_running_stream_finish(tmp_path: Path) -> 
         text=True,
         start_new_session=True,
     )
-    endpoint = up.state["services"][1]["endpoint"]
-    wait_until(lambda: _running(up, endpoint))
+    wait_until(up.runs_something)
     os.killpg(up.process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert up.process.wait(60) == 0
     assert len(json.loads(output)["token_ids"]) == 1500
-
-
-def _running(up: Up, endpoint: str) -> bool:
-    listed = json.loads(up.quire("pages", "--json", "--endpoint", endpoint).stdout)["workers"][0]
-    return any(page["owners"] for page in listed["pages"])
 
 
 def test_a_service_that_cannot_start_says_why(tmp_path: Path) -> None:

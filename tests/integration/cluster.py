@@ -22,9 +22,14 @@ from engine.serving import worker as worker_module
 from engine.serving.worker import Worker
 from kernels.layout import PageLayout
 from kernels.ragged import RaggedBatch
+from kvstore.index.redis import RedisPageIndex
 from kvstore.ledger import PageState
 from prefill_svc.__main__ import PrefillWorker
 from prefill_svc.config import PrefillSettings
+
+# Long enough that a stall of this machine is not taken for an answer that failed to come: what a
+# service had to tell Redis would then be lost.
+INDEX_TIMEOUT_S = 5.0
 
 
 class GatedModel:
@@ -180,6 +185,7 @@ async def start(role: Any, settings: Any, loaded: LoadedModel | None = None) -> 
     base = loaded or load_model(settings.model, weights=settings.weights)
     gated = GatedModel(base.model)
     worker = role(settings, stop.set)
+    worker.index = RedisPageIndex(settings.redis, timeout_s=INDEX_TIMEOUT_S)
     endpoint: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     warm = worker.warm
 

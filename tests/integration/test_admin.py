@@ -84,7 +84,7 @@ async def test_drain_finishes_what_runs_and_takes_nothing_new(redis_url: str) ->
             await client.generate([PROMPT], params)
         items = [item async for item in stream]
         assert type(items[-1]).__name__ == "Finished"
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             await node.task
 
 

@@ -232,23 +232,24 @@ async def test_a_stream_that_ends_without_a_commit_is_no_handover(
         assert failures(cluster) == {"incomplete": 1}
 
 
-async def test_a_prefill_worker_that_falls_silent_is_given_up(redis_url: str) -> None:
+async def test_a_prefill_worker_that_falls_silent_is_given_up(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its event loop hangs: no progress message comes, though the connection stands."""
+    monkeypatch.setattr(export, "PROGRESS_EVERY_S", 60.0)
     async with running(redis_url, decode={"handover_idle_s": 0.3}) as cluster:
         async with cluster.client() as client:
-            original = export.PROGRESS_EVERY_S
-            export.PROGRESS_EVERY_S = 60.0
             cluster.prefill[0].model.gate.clear()
-            try:
-                (found,) = await client.generate([LONG], PARAMS)
-            finally:
-                export.PROGRESS_EVERY_S = original
-                cluster.prefill[0].model.gate.set()
+            (found,) = await client.generate([LONG], PARAMS)
+            cluster.prefill[0].model.gate.set()
         assert found.token_ids == await expected_tokens()
         assert failures(cluster) == {"silent": 1}
 
 
-async def test_a_busy_prefill_worker_tells_progress_and_is_waited_for(redis_url: str) -> None:
+async def test_a_busy_prefill_worker_tells_progress_and_is_waited_for(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "PROGRESS_EVERY_S", 0.05)
     async with running(redis_url, decode={"handover_idle_s": 1.5}) as cluster:
         async with cluster.client() as client:
             cluster.prefill[0].model.gate.clear()
@@ -261,7 +262,7 @@ async def test_a_busy_prefill_worker_tells_progress_and_is_waited_for(redis_url:
 
 
 async def test_pages_nobody_acknowledges_are_freed_when_their_lease_ends(redis_url: str) -> None:
-    async with running(redis_url, num_decode=0, prefill={"lease_s": 0.2}) as cluster:
+    async with running(redis_url, num_decode=0, prefill={"lease_s": 2.0}) as cluster:
         node = cluster.prefill[0]
         await pull(node, attempt=1)
         assert node.core.pool.ledger[0].leases

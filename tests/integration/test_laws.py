@@ -207,9 +207,12 @@ async def test_law_6_redis_is_never_on_the_path_of_a_token(redis_url: str) -> No
         return sum(value["calls"] for name, value in stats.items() if names.match(name))  # type: ignore[union-attr]
 
     async with running(redis_url) as cluster, cluster.client() as client:
+        await client.generate([PROMPT[25:]], SamplingParams(max_tokens=1))  # sends the scripts
+        await cluster.decode[0].worker._desk.close()  # type: ignore[attr-defined]
         for node in cluster.nodes:
             for task in node.worker._tasks:
                 task.cancel()  # no heartbeats, no refreshing: what is left is the request's own
+            await asyncio.gather(*node.worker._tasks, return_exceptions=True)
         with redis.Redis.from_url(redis_url) as probe:
             costs = []
             for max_tokens in (1, 400):

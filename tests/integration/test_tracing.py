@@ -35,6 +35,8 @@ from engine.telemetry.tracing import (
 
 SERVICE = "test.v1.EchoService"
 CODE = "rpc.response.status_code"
+DEADLINE_S = 0.5  # long enough for a call to reach its handler
+PATIENCE_S = 20.0  # for what happens in a moment, except on a machine with other things to do
 
 
 class Echo:
@@ -166,7 +168,7 @@ def kind_of(span: SpanRecord) -> str:
     return "server" if span.parent_id else "client"
 
 
-async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def eventually(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - what is waited for is in a file
             await asyncio.sleep(0.005)
@@ -273,7 +275,7 @@ async def test_cancelled_unary_call_reaches_the_handler(wire: Wire) -> None:
     call = wire.unary("WaitUnary")(b"")
     await wire.echo.started.wait()
     call.cancel()
-    assert await asyncio.wait_for(wire.echo.ended, 2) == "cancelled"
+    assert await asyncio.wait_for(wire.echo.ended, PATIENCE_S) == "cancelled"
     assert await wire.codes() == ["CANCELLED", "CANCELLED"]
 
 
@@ -284,7 +286,7 @@ async def test_cancelled_task_of_a_unary_call_reaches_the_handler(wire: Wire) ->
     task = asyncio.create_task(caller())
     await wire.echo.started.wait()
     task.cancel()
-    assert await asyncio.wait_for(wire.echo.ended, 2) == "cancelled"
+    assert await asyncio.wait_for(wire.echo.ended, PATIENCE_S) == "cancelled"
     with pytest.raises(asyncio.CancelledError):
         await task
     assert await wire.codes() == ["CANCELLED", "CANCELLED"]
@@ -295,7 +297,7 @@ async def test_cancelled_stream_reaches_the_handler(wire: Wire) -> None:
     assert await call.read() == b"first"
     await wire.echo.started.wait()
     call.cancel()
-    assert await asyncio.wait_for(wire.echo.ended, 2) == "cancelled"
+    assert await asyncio.wait_for(wire.echo.ended, PATIENCE_S) == "cancelled"
     assert await wire.codes() == ["CANCELLED", "CANCELLED"]
 
 
@@ -309,7 +311,7 @@ async def test_cancelled_task_that_reads_a_stream_reaches_the_handler(wire: Wire
     task = asyncio.create_task(reader())
     await has_first.wait()
     task.cancel()
-    assert await asyncio.wait_for(wire.echo.ended, 2) == "cancelled"
+    assert await asyncio.wait_for(wire.echo.ended, PATIENCE_S) == "cancelled"
     with pytest.raises(asyncio.CancelledError):
         await task
     assert await wire.codes() == ["CANCELLED", "CANCELLED"]
@@ -319,7 +321,7 @@ async def test_stream_that_nobody_reads_can_be_cancelled(wire: Wire) -> None:
     call = wire.stream("WaitStream")(b"")
     await wire.echo.started.wait()
     call.cancel()
-    assert await asyncio.wait_for(wire.echo.ended, 2) == "cancelled"
+    assert await asyncio.wait_for(wire.echo.ended, PATIENCE_S) == "cancelled"
     assert await wire.codes() == ["CANCELLED", "CANCELLED"]
 
 
@@ -331,25 +333,27 @@ async def test_client_that_vanishes_during_a_write_closes_the_handlers_generator
         call = wire.stream("Flood")(b"")
         assert await call.read()
         call.cancel()
-        assert await asyncio.wait_for(wire.echo.ended, 2) == "closed"
+        assert await asyncio.wait_for(wire.echo.ended, PATIENCE_S) == "closed"
     finally:
         gc.enable()
     assert await wire.codes() == ["CANCELLED", "CANCELLED"]
 
 
 async def test_deadline_that_passes_is_told_from_a_cancellation(wire: Wire) -> None:
-    assert await code_of(wire.unary("WaitUnary")(b"", timeout=0.1)) is (
+    await wire.channel.channel_ready()
+    assert await code_of(wire.unary("WaitUnary")(b"", timeout=DEADLINE_S)) is (
         grpc.StatusCode.DEADLINE_EXCEEDED
     )
-    assert await asyncio.wait_for(wire.echo.ended, 2) == "cancelled"
+    assert await asyncio.wait_for(wire.echo.ended, PATIENCE_S) == "cancelled"
     assert await wire.codes() == ["DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"]
 
 
 async def test_deadline_that_passes_in_a_stream_is_on_both_spans(wire: Wire) -> None:
-    call = wire.stream("WaitStream")(b"", timeout=0.1)
+    await wire.channel.channel_ready()
+    call = wire.stream("WaitStream")(b"", timeout=DEADLINE_S)
     with pytest.raises(grpc.aio.AioRpcError):
         assert [each async for each in call] == [b"first"]
-    assert await asyncio.wait_for(wire.echo.ended, 2) == "cancelled"
+    assert await asyncio.wait_for(wire.echo.ended, PATIENCE_S) == "cancelled"
     assert await wire.codes() == ["DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"]
 
 
@@ -357,13 +361,13 @@ async def test_span_of_a_call_that_is_still_open_ends_with_its_channel(wire: Wir
     call = wire.stream("WaitStream")(b"")
     assert await call.read() == b"first"
     await wire.channel.close()
-    assert await asyncio.wait_for(wire.echo.ended, 2) == "cancelled"
+    assert await asyncio.wait_for(wire.echo.ended, PATIENCE_S) == "cancelled"
     assert await wire.codes() == ["CANCELLED", "CANCELLED"]
 
 
 async def test_call_to_nobody_ends_its_span_as_unavailable(trace_file: Path) -> None:
     async with open_channel("127.0.0.1:1", "control") as channel:
-        call = channel.unary_unary(f"/{SERVICE}/Unary")(b"", timeout=5)
+        call = channel.unary_unary(f"/{SERVICE}/Unary")(b"", timeout=PATIENCE_S)
         assert await code_of(call) is grpc.StatusCode.UNAVAILABLE
     (span,) = read_spans(trace_file)
     assert span.attributes[CODE] == "UNAVAILABLE"

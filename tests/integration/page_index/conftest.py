@@ -18,7 +18,7 @@ from kvstore.index import PageIndex, WorkerLoad, WorkerRecord
 from kvstore.index.memory import MemoryPageIndex
 from kvstore.index.redis import RedisPageIndex
 
-PATIENCE_S = 10.0
+PATIENCE_S = 20.0
 POLL_S = 0.01
 # Long enough that a stall of this machine is not taken for an answer that failed to come.
 CALL_TIMEOUT_S = 5.0
@@ -69,7 +69,8 @@ def assert_eventually() -> Callable[..., Awaitable[None]]:
 class Subject:
     """A page index under test, and how its time passes."""
 
-    short_s = 0.8  # a time to live that the test sees end
+    # A time to live that the test sees end, though not before it has looked at what lives.
+    short_s = 2.0
 
     def __init__(self, index: PageIndex, pass_time: Callable[[Callable[[], Any]], Any]) -> None:
         self.index = index

@@ -30,7 +30,7 @@ REQUEST = "c3" * 16
 PAGES = [bytes([number]) * 16 for number in range(1, 6)]
 LONG_S = 600.0
 OFFER = HandoverRecord(REQUEST, 1, HandoverState.OFFERED, A, B, 7, 30.0)
-TIMEOUT_S = 0.4
+TIMEOUT_S = 1.0
 
 
 @asynccontextmanager
@@ -62,12 +62,12 @@ async def works(call: Awaitable[object]) -> bool:
 async def test_killed_server_fails_fast_and_a_heartbeat_repopulates_the_next_one(
     own_server, worker, assert_eventually
 ):
-    async with index_at(own_server.url, timeout_s=0.5, cooldown_s=0.05) as index:
+    async with index_at(own_server.url, timeout_s=5.0, cooldown_s=0.05) as index:
         await index.register(worker(), LONG_S)
         os.kill(own_server.pid, signal.SIGKILL)
         await assert_eventually(lambda: not own_server.alive)
         for call in (index.workers(), index.lookup(MODEL, PAGES), index.handover(REQUEST)):
-            assert await seconds_to_fail(call) < 1.0
+            assert await seconds_to_fail(call) < 2.5  # refused, not waited for
 
         url = own_server.url
         own_server.start()
@@ -79,8 +79,9 @@ async def test_killed_server_fails_fast_and_a_heartbeat_repopulates_the_next_one
 async def test_server_that_never_was_there_fails_fast():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
-        async with index_at(f"redis://127.0.0.1:{taken.getsockname()[1]}") as index:
-            assert await seconds_to_fail(index.workers()) < 1.0
+        url = f"redis://127.0.0.1:{taken.getsockname()[1]}"
+        async with index_at(url, timeout_s=5.0) as index:
+            assert await seconds_to_fail(index.workers()) < 2.5  # refused, not waited for
 
 
 async def test_paused_server_costs_one_timeout_and_then_nothing(own_server, worker):
@@ -88,7 +89,7 @@ async def test_paused_server_costs_one_timeout_and_then_nothing(own_server, work
         await index.register(worker(), LONG_S)
         os.kill(own_server.pid, signal.SIGSTOP)
         try:
-            assert TIMEOUT_S * 0.9 <= await seconds_to_fail(index.workers()) < 1.0
+            assert TIMEOUT_S * 0.9 <= await seconds_to_fail(index.workers()) < 2 * TIMEOUT_S
             start = time.monotonic()
             for _ in range(100):
                 await seconds_to_fail(index.workers())
