@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import pytest
 
-from decode_svc import intake
+from decode_svc import intake, workers
 from engine.completion import Started
 from engine.errors import DeadlineExceeded, EngineFault, ResourceExhausted
 from engine.local import AsyncLocalEngine
 from engine.sampling_params import SamplingParams
+from engine.telemetry.trace_tree import read_spans
 from kvstore.page import group_digest
 from kvstore.transports.grpc_wire import fingerprint_to_wire, frame_from_wire
 from prefill_svc import export
@@ -383,6 +385,33 @@ async def test_a_prefill_worker_that_is_gone_costs_nothing_but_time(redis_url: s
         assert found.prefilled == "local"
 
 
+async def test_why_a_prompt_is_computed_by_the_decode_service_is_in_its_log_and_trace(
+    redis_url: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level("INFO")
+    for name in ("KEEP_S", "AVOID_S"):
+        monkeypatch.setattr(workers, name, 60.0)
+    trace = tmp_path / "trace.jsonl"
+    async with running(redis_url, decode={"trace_file": trace}) as cluster:
+        gone = cluster.prefill.pop()
+        await gone.close()
+        async with cluster.client() as client:
+            for prompt in (LONG, [7, *LONG]):
+                (found,) = await client.generate([prompt], PARAMS)
+                assert found.prefilled == "local"
+    failed, none = [
+        vars(record)["fields"] for record in caplog.records if "computed here" in record.message
+    ]
+    assert failed["endpoint"] == gone.endpoint
+    assert str(failed["failure"]).startswith("unavailable: ")
+    assert none["known"] == f"{gone.endpoint} failed lately"
+    (handover,) = [span for span in read_spans(trace) if span.name == "handover"]
+    assert handover.attributes["quire.failure"] == "unavailable"
+
+
 async def test_a_prefill_worker_killed_and_restarted_at_its_endpoint_takes_all_prompts_again(
     redis_url: str,
 ) -> None:
@@ -393,16 +422,16 @@ async def test_a_prefill_worker_killed_and_restarted_at_its_endpoint_takes_all_p
         endpoint = dead.endpoint
         lowest = replace(await dead.worker._record(endpoint), boot_id="00" * 16, state="serving")
         await decode.index.register(lowest, 60.0)
-        workers = decode._workers  # type: ignore[attr-defined]
-        await until(lambda: workers.choose() == lowest)
+        known = decode._workers  # type: ignore[attr-defined]
+        await until(lambda: known.choose() == lowest)
         (found,) = await client.generate([[0, *LONG]], PARAMS)
         assert found.prefilled == "local"
 
         port = int(endpoint.rpartition(":")[2])
         settings = PrefillSettings(**settings_for(redis_url, port=port))
         cluster.prefill.append(heir := await start(PrefillWorker, settings))
-        await until(lambda: heir.worker.boot_id.hex() in workers._known)
-        workers._avoid.clear()
+        await until(lambda: heir.worker.boot_id.hex() in known._known)
+        known._avoid.clear()
         for number in range(1, 5):
             (found,) = await client.generate([[number, *LONG]], PARAMS)
             assert found.prefilled == "remote", failures(cluster)
