@@ -58,10 +58,18 @@ test: check
 test-all: check
 	$(PYTEST)
 
+BENCH_MODES ?= --weights bf16,int8,int4
+
 bench: install
-	$(BIN)/quire bench decode
-	$(BIN)/quire bench prefill
-	$(BIN)/quire bench handover
+	$(BIN)/quire bench machine
+	$(BIN)/quire bench decode $(BENCH_MODES) --batch 1,8,32
+	$(BIN)/quire bench decode $(BENCH_MODES) --context 2048,6000
+	$(BIN)/quire bench prefill $(BENCH_MODES) --prompt 128,512,2048
+	$(BIN)/quire bench handover $(BENCH_MODES)
+	$(BIN)/quire bench serve $(BENCH_MODES)
+	$(BIN)/quire bench steal $(BENCH_MODES)
+	$(BIN)/quire bench memory $(BENCH_MODES)
+	$(BIN)/quire bench quality
 
 demo: install
 	$(RUN) demo

@@ -1,92 +1,120 @@
 """Decode: tokens per second of a batch that decodes together, through the whole engine.
 
-The clock runs from the moment the last sequence has its first token until the first sequence has
-its last one, so every step in between decodes the whole batch; scheduling, sampling and streaming
-count, prefill does not.
+The clock runs from the beginning of the first step that decodes the whole batch to the beginning of
+the last one; scheduling, sampling and streaming count, prefill does not. ``outside_step`` is the
+share of that time outside the model's forward pass.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 
-from bench.limits import Workload, allowed_s, workload_of
+from bench.limits import Workload, bytes_of, limit_ratio, workload_of
 from bench.load import PAGE_SIZE, Load, Report, Row
 from bench.machine import Machine
-from engine.completion import Delta
+from bench.options import add_batch, add_modes, count, counts, loads, open_models
+from bench.timed_model import Call, TimedModel, longest_decode
 from engine.errors import InvalidRequest
 from engine.local import AsyncLocalEngine
 from engine.model.load import LoadedModel
-from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerLimits
+from kernels.peaks import Peaks
+
+WARM_UP_TOKENS = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_modes(parser)
+    add_batch(parser)
+    parser.add_argument(
+        "--context",
+        "--prompt",
+        dest="prompt",
+        type=counts,
+        default=(128,),
+        metavar="128,2048",
+        help="tokens before the first one generated (default 128)",
+    )
+    parser.add_argument("--tokens", type=count, default=64, help="generated from each prompt")
+
+
+def run(options: argparse.Namespace, machine: Machine, report: Report) -> list[Row]:
+    return [
+        asyncio.run(bench_decode(loaded, load, machine.peaks, report))
+        for loaded in open_models(options)
+        for load in loads(options)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
 class Steady:
-    """Steps of the whole batch: seconds each, and the keys a sequence attended to on average."""
+    """Steps of the whole batch: seconds each, keys each sequence attended to on average, and the
+    share of the time outside the forward pass."""
 
     step_s: float
     context: float
+    outside: float
 
 
-async def bench_decode(loaded: LoadedModel, load: Load, machine: Machine, report: Report) -> Row:
-    """One row: the median over the repeats."""
+async def bench_decode(loaded: LoadedModel, load: Load, peaks: Peaks, report: Report) -> Row:
+    """One row: the median over the repeats.
+
+    Prompts are the same in every repeat: all but their last tokens come from the prefix cache then,
+    so that the sequences begin to decode together however long their context is.
+    """
+    model = TimedModel(loaded.model)
     spec = loaded.model.spec
+    prompts = load.prompts(spec.vocab_size, repeat=0)
+    samples = []
+    async with engine_for(replace(loaded, model=model), load) as engine:
+        report(f"decode batch {load.batch} context {load.prompt}: prefilling")
+        warm_up = replace(load, tokens=min(WARM_UP_TOKENS, load.tokens))
+        await engine.generate(prompts, warm_up.params)
+        for repeat in range(1, load.repeat + 1):
+            model.calls.clear()
+            await engine.generate(prompts, load.params)
+            samples.append(steady(longest_decode(model.calls, load.batch), load.batch))
+            report(f"decode batch {load.batch} context {load.prompt}: {repeat}/{load.repeat}")
+    settings = load.row(loaded.name, spec.weight_mode, spec.kv_dtype)
+    return settings | figures(samples, load.batch, workload_of(loaded.model, PAGE_SIZE), peaks)
+
+
+def engine_for(loaded: LoadedModel, load: Load) -> AsyncLocalEngine:
+    """An engine in which the whole load runs together once its prompts are cached."""
+    rows = max(256, load.batch * 2 * PAGE_SIZE)
     limits = SchedulerLimits(
-        max_sequences=load.batch,
-        max_step_tokens=load.batch * load.prompt,  # all prompts in one step: all decode together
-        chunk_tokens=load.prompt,
+        max_sequences=load.batch, max_step_tokens=rows, chunk_tokens=min(rows, 512)
     )
-    engine = AsyncLocalEngine(
+    return AsyncLocalEngine(
         loaded, pool_tokens=load.pool_tokens, page_size=PAGE_SIZE, limits=limits
     )
-    samples = []
-    async with engine:
-        for repeat in range(load.repeat + 1):
-            prompts = load.prompts(spec.vocab_size, repeat)
-            sample = steady(await _arrivals(engine, prompts, load.params), load.prompt)
-            if repeat:  # the first one warms up
-                samples.append(sample)
-                report(f"decode batch {load.batch}: {repeat}/{load.repeat}")
-    settings = load.row(loaded.name, spec.weight_mode, spec.kv_dtype)
-    return settings | figures(samples, load.batch, workload_of(loaded.model, PAGE_SIZE), machine)
 
 
-def steady(arrivals: list[list[float]], prompt: int) -> Steady:
-    """``arrivals``: for each sequence, when each of its tokens came. Raises InvalidRequest.
-
-    The sequence that began last gets a token from every step of the window: it counts them.
-    """
-    latest = max(arrivals, key=lambda times: times[0])
-    end = min(times[-1] for times in arrivals)
-    num_steps = min(range(len(latest)), key=lambda index: abs(latest[index] - end))
-    if num_steps == 0:
-        raise InvalidRequest("--tokens", "no step decoded the whole batch", "more tokens")
+def steady(steps: Sequence[Call], batch: int) -> Steady:
+    """Of consecutive steps of the whole batch. Raises InvalidRequest if they are too few."""
+    if len(steps) < 2:
+        raise InvalidRequest("--tokens", "no two steps decoded the whole batch", "more tokens")
+    wall_s = steps[-1].began - steps[0].began
+    inside_s = sum(step.ended - step.began for step in steps[:-1])
     return Steady(
-        step_s=(latest[num_steps] - latest[0]) / num_steps,
-        context=prompt + (num_steps + 1) / 2,
+        step_s=wall_s / (len(steps) - 1),
+        context=fmean(step.num_keys for step in steps[:-1]) / batch,
+        outside=1 - inside_s / wall_s,
     )
 
 
-def figures(samples: list[Steady], batch: int, workload: Workload, machine: Machine) -> Row:
+def figures(samples: Sequence[Steady], batch: int, workload: Workload, peaks: Peaks) -> Row:
     """The measured part of a row."""
     step_s = median(sample.step_s for sample in samples)
     phases = workload.decode_step(batch, fmean(sample.context for sample in samples))
     return {
         "tokens_per_s": batch / step_s,
         "step_s": step_s,
-        "bytes_per_step": round(sum(phase.num_bytes for phase in phases)),
-        "limit_ratio": allowed_s(phases, machine) / step_s,
+        "bytes_per_step": bytes_of(phases),
+        "limit_ratio": limit_ratio(phases, peaks, step_s),
+        "outside_step": median(sample.outside for sample in samples),
     }
-
-
-async def _arrivals(
-    engine: AsyncLocalEngine, prompts: list[list[int]], params: SamplingParams
-) -> list[list[float]]:
-    async def times_of(prompt: list[int]) -> list[float]:
-        items = engine.items(prompt, params)
-        return [time.perf_counter() async for item in items if isinstance(item, Delta)]
-
-    return await asyncio.gather(*(times_of(prompt) for prompt in prompts))

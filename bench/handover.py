@@ -9,6 +9,7 @@ bytes is the limit it is compared with.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import tempfile
 import time
@@ -18,7 +19,8 @@ from pathlib import Path
 from statistics import median
 
 from bench.load import PAGE_SIZE, Load, Report, Row
-from bench.machine import copy_s
+from bench.machine import Machine, copy_s
+from bench.options import add_modes, counts, loads, modes
 from engine.completion import Finished, Started
 from engine.errors import PeerUnavailable
 from engine.lifecycle import Lifecycle
@@ -29,6 +31,22 @@ from engine.telemetry.trace_tree import SpanRecord, one_trace, read_spans
 
 DRAIN_S = 5.0
 CONNECT_TIMEOUT_S = 20.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_modes(parser)
+    parser.add_argument(
+        "--prompt", type=counts, default=(1000,), metavar="100,1000", help="tokens (default 1000)"
+    )
+    parser.set_defaults(batch=(1,), tokens=1)
+
+
+def run(options: argparse.Namespace, machine: Machine, report: Report) -> list[Row]:
+    return [
+        bench_handover(Services(options.model, weights, kv), load, report)
+        for weights, kv in modes(options)
+        for load in loads(options)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,8 @@ class Load:
 
     @property
     def pool_tokens(self) -> int:
-        """Room for the warm-up or one repeat, in whole pages; older ones are evicted."""
-        return self.batch * (self.prompt + self.tokens + 2 * PAGE_SIZE)
+        """Room for one repeat beside what another one generated: eviction then spares prompts."""
+        return self.batch * (self.prompt + 2 * self.tokens + 4 * PAGE_SIZE)
 
     @property
     def params(self) -> SamplingParams:

@@ -2,51 +2,52 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
-import torch
 
+from bench.load import Report, Row
 from kernels.dispatch import isa
+from kernels.peaks import Peaks, measure_peaks
 from kernels.threads import configured_threads
 
-READ_BYTES = 512 << 20
-MATMUL_SIZE = 1024
-TRY_FOR_S = 2.0
+TRY_FOR_S = 1.0
 MIN_TRIES = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None of its own."""
+
+
+def run(options: argparse.Namespace, machine: Machine, report: Report) -> list[Row]:
+    """A row for each number of threads up to the machine's; the last one is ``machine`` itself."""
+    rows = []
+    for threads in range(1, machine.peaks.threads):
+        report(f"machine: {threads} of {machine.peaks.threads} threads")
+        rows.append(Machine(machine.isa, measure_peaks(threads, seconds=TRY_FOR_S)).facts())
+    return [*rows, machine.facts()]
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Limits of the ``cores`` threads the kernels use, each the best of several tries.
+    """The instruction set of the kernels, and the limits of as many threads as they use."""
 
-    On a busy machine they come out too low; a share of a limit above 1 shows that.
-    ``fp32_gflops`` is what torch's matrix product of 1024 x 1024 reaches: below the peak of a loop
-    over registers only, so a share of it looks better than a share of the peak. The peaks of the
-    integer and bf16 units need such a loop; without one they are None.
-    """
-
-    cores: int
     isa: str
-    read_gbps: float
-    fp32_gflops: float
-    int8_gops: float | None = None
-    bf16_gflops: float | None = None
-    fp32_measured_by: str = "torch matmul"
+    peaks: Peaks
+
+    def facts(self) -> dict[str, Any]:
+        """As results show it."""
+        facts = asdict(self.peaks)
+        return {"cores": facts.pop("threads"), "isa": self.isa, **facts}
 
 
-def measure_machine(read_bytes: int = READ_BYTES) -> Machine:
-    """Takes some five seconds and ``read_bytes`` of memory."""
-    cores = configured_threads()
-    return Machine(
-        cores=cores,
-        isa=isa(),
-        read_gbps=read_bytes / _best(_reader(cores, read_bytes)) / 1e9,
-        fp32_gflops=2 * MATMUL_SIZE**3 / _best(_multiplier(cores)) / 1e9,
-    )
+def measure_machine(read_bytes: int | None = None, seconds: float = TRY_FOR_S) -> Machine:
+    """Arguments as ``measure_peaks``."""
+    return Machine(isa(), measure_peaks(configured_threads(), read_bytes, seconds))
 
 
 def copy_s(num_bytes: int) -> float:
@@ -54,19 +55,6 @@ def copy_s(num_bytes: int) -> float:
     source = np.ones(num_bytes, dtype=np.uint8)
     target = np.zeros_like(source)
     return _best(lambda: np.copyto(target, source))
-
-
-def _reader(cores: int, read_bytes: int) -> Callable[[], object]:
-    """Every thread reads its own part of one array; numpy's maximum runs without the GIL."""
-    parts = np.array_split(np.ones(read_bytes // 8, dtype=np.uint64), cores)
-    threads = ThreadPoolExecutor(cores)
-    return lambda: list(threads.map(np.max, parts))
-
-
-def _multiplier(cores: int) -> Callable[[], object]:
-    torch.set_num_threads(cores)
-    left, right = torch.rand(2, MATMUL_SIZE, MATMUL_SIZE)
-    return lambda: left @ right
 
 
 def _best(work: Callable[[], object]) -> float:

@@ -6,17 +6,43 @@ not in the operations counted.
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import time
+from collections.abc import Sequence
 from statistics import median
 
-from bench.limits import Workload, workload_of
+from bench.limits import Workload, limit_ratio, workload_of
 from bench.load import PAGE_SIZE, Load, Report, Row
 from bench.machine import Machine
+from bench.options import add_batch, add_modes, counts, loads, open_models
 from engine.local import AsyncLocalEngine
 from engine.model.load import LoadedModel
+from kernels.peaks import Peaks
 
 
-async def bench_prefill(loaded: LoadedModel, load: Load, machine: Machine, report: Report) -> Row:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_modes(parser)
+    add_batch(parser)
+    parser.add_argument(
+        "--prompt",
+        type=counts,
+        default=(512,),
+        metavar="128,512",
+        help="tokens of each prompt (default 512)",
+    )
+    parser.set_defaults(tokens=1)
+
+
+def run(options: argparse.Namespace, machine: Machine, report: Report) -> list[Row]:
+    return [
+        asyncio.run(bench_prefill(loaded, load, machine.peaks, report))
+        for loaded in open_models(options)
+        for load in loads(options)
+    ]
+
+
+async def bench_prefill(loaded: LoadedModel, load: Load, peaks: Peaks, report: Report) -> Row:
     """One row: the median over the repeats. ``load.tokens`` is 1."""
     spec = loaded.model.spec
     samples = []
@@ -29,17 +55,16 @@ async def bench_prefill(loaded: LoadedModel, load: Load, machine: Machine, repor
             await engine.generate(prompts, load.params)
             if repeat:  # the first one warms up
                 samples.append(time.perf_counter() - began)
-                report(f"prefill batch {load.batch}: {repeat}/{load.repeat}")
+                report(f"prefill batch {load.batch} of {load.prompt}: {repeat}/{load.repeat}")
     settings = load.row(loaded.name, spec.weight_mode, spec.kv_dtype)
-    return settings | figures(samples, load, workload_of(loaded.model, PAGE_SIZE), machine)
+    return settings | figures(samples, load, workload_of(loaded.model, PAGE_SIZE), peaks)
 
 
-def figures(samples_s: list[float], load: Load, workload: Workload, machine: Machine) -> Row:
+def figures(samples_s: Sequence[float], load: Load, workload: Workload, peaks: Peaks) -> Row:
     """The measured part of a row; ``samples_s`` are seconds for all prompts."""
-    tokens_per_s = load.batch * load.prompt / median(samples_s)
-    ops_per_token = workload.prefill_ops_per_token(load.prompt)
+    took_s = median(samples_s)
     return {
-        "tokens_per_s": tokens_per_s,
-        "ops_per_token": round(ops_per_token),
-        "limit_ratio": tokens_per_s * ops_per_token / (machine.fp32_gflops * 1e9),
+        "tokens_per_s": load.batch * load.prompt / took_s,
+        "ops_per_token": round(workload.prefill_ops_per_token(load.prompt)),
+        "limit_ratio": limit_ratio([workload.prefill(load.batch, load.prompt)], peaks, took_s),
     }

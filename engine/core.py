@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +43,7 @@ from engine.scheduler import (
 )
 from engine.sequence import Goal
 from engine.telemetry.clock import now_ns
+from engine.token_function import TokenChoice, choose, chosen
 from kernels.ragged import RaggedBatch
 from kvstore.fingerprint import LayoutFingerprint
 from kvstore.memory import PageMemory
@@ -53,6 +54,8 @@ from kvstore.prefix_hash import PrefixHasher
 log = logging.getLogger(__name__)
 
 Task = GenerateTask | PrefillTask
+Found = np.ndarray | int | EngineFault | None
+Choice = TokenChoice | QuireError
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +140,9 @@ class EngineCore:
 
     def _run(self, plan: StepPlan) -> None:
         started = now_ns()
-        logits = self._forward(plan.rows)
+        found = self._forward(plan.rows)
         ended = now_ns()
-        outcomes = {rows.name: self._choose(rows, logits[rows.name]) for rows in plan.rows}
+        outcomes = self._choose(found)
         effects = self.scheduler.complete(plan, outcomes)
         self._publish_pages(effects.finished_pages)
         self._publish_chunks(plan.rows, started, ended)
@@ -148,38 +151,66 @@ class EngineCore:
         self.last_step = self._stats(plan.rows, ended - started)
         self.totals += self.last_step
 
-    def _forward(self, rows: Sequence[PlannedRows]) -> dict[str, np.ndarray | EngineFault | None]:
-        """Logits ``[vocab_size]`` of each sequence's last row if wanted, or why there are none."""
+    def _forward(self, rows: Sequence[PlannedRows]) -> dict[str, Found]:
+        """Of each sequence's last row, if wanted, its logits ``[vocab_size]`` or, if that is enough
+        for all of them, the id of the largest; or why there are none."""
+        wanted = [row.name for row in rows if row.wants_logits]
+        best_only = not any(self._generations[name].needs_logits for name in wanted)
+        batch = ragged_batch(rows, best_only)
         try:
-            logits = self.model.forward(ragged_batch(rows), self.memory.kv, self.layout).numpy()
+            result = self.model.forward(batch, self.memory.kv, self.layout)
         except Exception:
             if len(rows) == 1:
                 log.exception("step failed for sequence=%s", rows[0].name)
                 return {rows[0].name: EngineFault("the model failed on this request")}
             log.warning("step failed; running its %d sequences one by one", len(rows))
             return {row.name: self._forward([row])[row.name] for row in rows}
-        wanted = iter(logits)
-        return {row.name: next(wanted) if row.wants_logits else None for row in rows}
+        each = result.tolist() if best_only else result.numpy()
+        return {row.name: None for row in rows} | dict(zip(wanted, each, strict=True))
 
-    def _choose(self, rows: PlannedRows, logits: np.ndarray | EngineFault | None) -> Outcome | None:
-        """Lets the token function choose; None if the sequence failed."""
-        if logits is None:
-            return Outcome()
+    def _choose(self, found: Mapping[str, Found]) -> dict[str, Outcome | None]:
+        """What the token function makes of each sequence; None for those that failed."""
+        logits = {name: row for name, row in found.items() if isinstance(row, np.ndarray)}
+        choices = self._choices(logits)
+        outcomes: dict[str, Outcome | None] = {}
+        for name, row in found.items():
+            if row is None:
+                outcomes[name] = Outcome()
+            elif isinstance(row, int):
+                outcomes[name] = self._accept(name, chosen(row))
+            else:
+                choice = choices[name] if isinstance(row, np.ndarray) else row
+                outcomes[name] = self._accept(name, choice)
+        return outcomes
+
+    def _choices(self, logits: Mapping[str, np.ndarray]) -> Mapping[str, Choice]:
+        """Lets the token function choose for all sequences at once."""
         try:
-            if isinstance(logits, EngineFault):
-                raise logits
-            generation = self._generations[rows.name]
-            output = generation.advance(logits)
+            rows = [self._generations[name].prepare(row) for name, row in logits.items()]
+            return dict(zip(logits, choose(rows), strict=True))
+        except Exception:
+            if len(logits) == 1:
+                log.exception("token function failed for sequence=%s", *logits)
+                return dict.fromkeys(logits, EngineFault("choosing a token failed"))
+            log.warning("choosing failed; asking for the %d tokens one by one", len(logits))
+            return {name: self._choices({name: row})[name] for name, row in logits.items()}
+
+    def _accept(self, name: str, choice: Choice) -> Outcome | None:
+        """Takes a token into its sequence; None if the sequence failed."""
+        try:
+            if isinstance(choice, QuireError):
+                raise choice
+            output = self._generations[name].accept(choice)
         except QuireError as error:
-            self._fail(rows.name, error)
+            self._fail(name, error)
             return None
         except Exception:
-            log.exception("token function failed for sequence=%s", rows.name)
-            self._fail(rows.name, EngineFault("choosing a token failed"))
+            log.exception("taking a token failed for sequence=%s", name)
+            self._fail(name, EngineFault("choosing a token failed"))
             return None
         self._outputs.append(output)
         if output.finish is not None:
-            self.forget(rows.name)
+            self.forget(name)
         return Outcome(output.token_id, output.finish is not None)
 
     def _fail(self, name: str, error: QuireError) -> None:
@@ -262,7 +293,7 @@ def fingerprint_of(model: Model, page_size: int) -> LayoutFingerprint:
     )
 
 
-def ragged_batch(rows: Sequence[PlannedRows]) -> RaggedBatch:
+def ragged_batch(rows: Sequence[PlannedRows], best_only: bool = False) -> RaggedBatch:
     """The planned rows as tensors, in the order of the plan."""
     starts = np.cumsum([0] + [len(row.tokens) for row in rows])
     table = np.full((len(rows), max(len(row.pages) for row in rows)), -1, dtype=np.int32)
@@ -276,4 +307,5 @@ def ragged_batch(rows: Sequence[PlannedRows]) -> RaggedBatch:
         query_starts=torch.from_numpy(starts.astype(np.int64)),
         page_tables=torch.from_numpy(table),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        best_only=best_only,
     )

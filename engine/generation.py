@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ from engine.finish import OutputTracker
 from engine.model import ModelSpec
 from engine.outputs import TokenOutput
 from engine.sampling_params import SamplingParams
-from engine.token_function import TokenFunction
+from engine.token_function import TokenChoice, TokenFunction
+from kernels.sample import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,8 @@ class Generation:
         self, task: GenerateTask, spec: ModelSpec, token_bytes: Callable[[int], bytes]
     ) -> None:
         self._name = task.name
-        self._output_ids: list[int] = []
-        self._choose = TokenFunction(
+        self._output_ids = array("i")
+        self._function = TokenFunction(
             params=task.params,
             seed=task.seed,
             choice_index=task.choice_index,
@@ -65,9 +67,17 @@ class Generation:
             max_tokens=task.max_tokens,
         )
 
-    def advance(self, logits: np.ndarray) -> TokenOutput:
-        """Chooses the next token from ``logits [vocab_size]`` fp32. Raises EngineFault on NaN."""
-        choice = self._choose(logits, self._output_ids)
+    @property
+    def needs_logits(self) -> bool:
+        """False if the id of the highest logit, the lowest of equal ones, is the next token."""
+        return not self._function.wants_argmax_only(len(self._output_ids))
+
+    def prepare(self, logits: np.ndarray) -> Row:
+        """What choosing the next token from ``logits [vocab_size]`` fp32 takes."""
+        return self._function.row(logits, self._output_ids)
+
+    def accept(self, choice: TokenChoice) -> TokenOutput:
+        """Takes the next token in."""
         self._output_ids.append(choice.token_id)
         delta = self._tracker.push(choice.token_id)
         return TokenOutput(

@@ -44,11 +44,13 @@ class GgufVocabulary:
         """Raises ModelError naming what is missing, wrong or not supported."""
         kind = fields.get("tokenizer.ggml.model")
         if kind != "gpt2":
-            raise ModelError(f"GGUF tokenizer model {kind!r} is not supported; gpt2 is")
+            raise ModelError(f"GGUF tokenizer model {reprlib.repr(kind)} is not supported; gpt2 is")
         pre = fields.get("tokenizer.ggml.pre")
-        if pre not in _PRE_TOKENIZERS:
+        if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
             supported = ", ".join(_PRE_TOKENIZERS)
-            raise ModelError(f"GGUF pre-tokenizer {pre!r} is not supported; {supported} are")
+            raise ModelError(
+                f"GGUF pre-tokenizer {reprlib.repr(pre)} is not supported; {supported} are"
+            )
         tokens = _texts(fields, "tokenizer.ggml.tokens")
         if len(set(tokens)) != len(tokens):
             raise ModelError("tokenizer.ggml.tokens holds a token twice")

@@ -12,6 +12,7 @@ from engine.completion import StreamItem
 from engine.core import CoreSettings, EngineCore
 from engine.mailbox import AsyncEngine
 from engine.model.load import LoadedModel, load_model
+from engine.modes import DEFAULT_WEIGHTS
 from engine.progress import ProgressSink
 from engine.prompts import Prompt, encode_prompt
 from engine.request import Request
@@ -25,7 +26,7 @@ BOOT_ID_BYTES = 16
 class EngineOptions(TypedDict, total=False):
     """Keyword arguments of both engines.
 
-    ``weights`` is "fp32" (default) or "bf16"; ``kv`` likewise, by default what suits the weights.
+    ``weights`` and ``kv`` are named as in ``engine.modes``, which has the defaults.
     ``pool_tokens`` is the KV pool's size in tokens, ``page_size`` tokens per page.
     """
 
@@ -95,7 +96,7 @@ def _loaded(model: str | LoadedModel, options: EngineOptions) -> LoadedModel:
         return model
     return load_model(
         model,
-        weights=options.get("weights", "fp32"),
+        weights=options.get("weights", DEFAULT_WEIGHTS),
         kv=options.get("kv"),
         progress=options.get("progress"),
     )

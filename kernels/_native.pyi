@@ -3,15 +3,66 @@
 ``ValueError`` names an argument of the wrong shape, dtype or range.
 """
 
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+
+from kernels.sample.rule import Rule
 
 ISAS: list[str]
 
+class Matrix:
+    """A packed matrix; keeps the memory it stands in."""
+
+    @property
+    def outputs(self) -> int: ...
+
+class Decoder:
+    """Runs steps; ``weights`` has the fields of ``kernels.decoder.DecoderWeights``."""
+
+    def __init__(self, weights: object) -> None: ...
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        query_starts: Tensor,
+        page_tables: Tensor,
+        kv: Tensor,
+        kv_dtype: str,
+        page_size: int,
+        logit_rows: Tensor,
+        logits: Tensor | None,
+        best_ids: Tensor,
+    ) -> None: ...
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None: ...
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
+def make_matrix(
+    format: str,
+    reads: str,
+    offsets: str,
+    bf16_scales: bool,
+    rotated: bool,
+    outputs: int,
+    width: int,
+    inputs: int,
+    group: int,
+    data: Tensor,
+) -> Matrix: ...
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None, out: Tensor) -> None: ...
+def embedding(token_ids: Tensor, table: Matrix, out: Tensor) -> None: ...
 def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> None: ...
 def kv_write(
-    k: Tensor, v: Tensor, kv: Tensor, layer: int, pages: Tensor, offsets: Tensor, page_size: int
+    k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    layer: int,
+    pages: Tensor,
+    offsets: Tensor,
+    kv_dtype: str,
+    page_size: int,
 ) -> None: ...
 def paged_attention(
     q: Tensor,
@@ -20,12 +71,25 @@ def paged_attention(
     positions: Tensor,
     query_starts: Tensor,
     page_tables: Tensor,
+    kv_dtype: str,
     page_size: int,
     scale: float,
+    window: int | None,
     out: Tensor,
+) -> None: ...
+def sample(
+    logits: Sequence[NDArray[np.float32]],
+    rules: Sequence[Rule],
+    output_ids: Sequence[array[int]],
+    token_ids: NDArray[np.int32],
+    logprobs: NDArray[np.float32],
+    top_ids: NDArray[np.int32],
+    top_logprobs: NDArray[np.float32],
 ) -> None: ...
 def isa() -> str: ...
 def select_isa(name: str) -> None: ...
 def supported_isas() -> list[str]: ...
 def set_num_threads(count: int) -> None: ...
 def num_threads() -> int: ...
+def peak_ops(arithmetic: str, threads: int, seconds: float) -> tuple[float, str] | None: ...
+def peak_read(num_bytes: int, threads: int, seconds: float) -> float: ...

@@ -2,7 +2,8 @@
 
 ``QUIRE_KERNELS`` names the back end (``reference``: torch; ``cpu``: the native module); without it,
 ``cpu`` where the native module was built, else ``reference``. ``QUIRE_ISA`` names the instruction
-set of the native kernels (``avx512``, ``avx2``, ``portable``); without it, the best this CPU has.
+set of the native kernels (``avx512_bf16``, ``avx512_vnni``, ``avx2_vnni``, ``avx2`` or
+``portable``); without it, the best this CPU has.
 A choice that is not available raises; nothing falls back in silence.
 """
 
@@ -15,20 +16,22 @@ from types import ModuleType
 
 BACKENDS = ("reference", "cpu")
 
-# The module of each op's folder that runs under each back end. Under `cpu`, gathers and rotations
-# stay in torch: copies and single IEEE operations have the same bits however they are vectorised.
+# The module of each op's folder that runs under each back end. Under `cpu`, rope by itself
+# stays in torch: single IEEE operations have the same bits however they are vectorised.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    "embedding": {"reference": "reference", "cpu": "reference"},
+    "decoder": {"reference": "reference", "cpu": "cpu_kernel"},
+    "embedding": {"reference": "reference", "cpu": "cpu_kernel"},
     "kv_write": {"reference": "reference", "cpu": "cpu_kernel"},
     "linear": {"reference": "reference", "cpu": "cpu_kernel"},
     "paged_attention": {"reference": "reference", "cpu": "cpu_kernel"},
     "rms_norm": {"reference": "reference", "cpu": "cpu_kernel"},
     "rope": {"reference": "reference", "cpu": "reference"},
+    "sample": {"reference": "reference", "cpu": "cpu_kernel"},
     "silu_mul": {"reference": "reference", "cpu": "cpu_kernel"},
 }
 
 # Raised whenever a kernel's bits change, so that workers of different releases do not share pages.
-_REVISION = 1
+_REVISION = 2
 
 
 class KernelUnavailable(RuntimeError):
@@ -76,17 +79,19 @@ def implementation(op: str) -> ModuleType:
     return import_module(f"kernels.{op}.{module}")
 
 
-def numerics_tag() -> str:
+def numerics_tag(weights: str) -> str:
     """The kernels' part of the numerics version: equal tags promise equal bits.
 
     The native kernels fix the order and the rounding of every operation, so their bits are those
-    of any instruction set, which is not named. torch is named with its vector class under either
-    back end: it still computes the rotation tables.
+    of any instruction set, which is not named; but where the CPU multiplies pairs of bf16, it takes
+    subnormal numbers for 0, so this is. torch is named with its vector class under either back end:
+    it still computes the rotation tables.
     """
     import torch
 
     torch_class = f"torch-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
-    return f"{backend()}-{_REVISION}/{torch_class}"
+    pairs = backend() == "cpu" and weights == "bf16" and isa() == "avx512_bf16"
+    return f"{backend()}-{_REVISION}{'-vdpbf16ps' if pairs else ''}/{torch_class}"
 
 
 @cache

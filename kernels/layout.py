@@ -7,9 +7,14 @@ shared as a unit; the layers inside it are in order, so a group of layers is a c
     page  = [layer 0][layer 1] ... [layer L-1]
     layer = [head 0][head 1] ... [head H-1]
     head  = [K: page_size/16 sub-blocks of [head_dim][16 tokens]] [V: [page_size tokens][head_dim]]
+            and under int8 [scales of K: fp32 [page_size]] [scales of V: fp32 [page_size]]
 
 K keeps 16 tokens as the fastest lanes (a score needs no horizontal sum), V keeps head_dim as the
 fastest lanes (the weighted sum of V needs none either). This is layout id ``k16t_vtd``.
+
+Under int8 each token's K, and its V, has one scale per head: the element is ``scale * integer``,
+integers in -127 .. 127, scale = max |x| / 127. A scale is 0 where every x is 0, and NaN where any x
+is not finite, so that whatever reads the token shows it.
 """
 
 from __future__ import annotations
@@ -21,7 +26,13 @@ import torch
 LANES = 16
 LAYOUT_ID = "k16t_vtd"
 
-KV_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KV_DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8": torch.int8,
+}
+SCALED = "int8"
+_SCALE = torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,7 @@ class PageLayout:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the elements as they stand in the page."""
         return KV_DTYPES[self.kv_dtype]
 
     @property
@@ -55,8 +67,17 @@ class PageLayout:
         return self.page_size * self.head_dim
 
     @property
+    def num_scales(self) -> int:
+        """Scales of K (and as many of V) of one head in one page."""
+        return self.page_size if self.kv_dtype == SCALED else 0
+
+    @property
+    def head_bytes(self) -> int:
+        return 2 * (self.head_elements * self.dtype.itemsize + self.num_scales * _SCALE.itemsize)
+
+    @property
     def layer_bytes(self) -> int:
-        return 2 * self.num_kv_heads * self.head_elements * self.dtype.itemsize
+        return self.num_kv_heads * self.head_bytes
 
     @property
     def page_bytes(self) -> int:
@@ -69,23 +90,47 @@ class PageLayout:
 
 
 def kv_view(memory: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-    """Pool memory ``[num_pages, page_bytes]`` uint8 seen as elements.
+    """Pool memory ``[num_pages, page_bytes]`` uint8 seen as records of heads.
 
-    Returns ``[num_pages, num_layers, num_kv_heads, 2, page_size * head_dim]`` of ``layout.dtype``,
-    sharing storage; index 3 is 0 for K and 1 for V.
+    Returns ``[num_pages, num_layers, num_kv_heads, head_bytes]`` uint8, sharing storage.
     """
-    return memory.view(layout.dtype).view(
-        memory.shape[0], layout.num_layers, layout.num_kv_heads, 2, layout.head_elements
-    )
+    return memory.view(memory.shape[0], layout.num_layers, layout.num_kv_heads, layout.head_bytes)
 
 
-def key_view(kv: torch.Tensor, layer: int, layout: PageLayout) -> torch.Tensor:
-    """K of one layer: ``[num_pages, num_kv_heads, page_size // 16, head_dim, 16]``, a view."""
-    keys = kv[:, layer, :, 0]
-    return keys.view(*keys.shape[:2], -1, layout.head_dim, LANES)
+def key_view(heads: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """K in records of heads ``[..., head_bytes]``, of any pages and layers.
+
+    Returns ``[..., page_size // 16, head_dim, 16]`` of ``layout.dtype``, sharing storage.
+    """
+    return _part(heads, 0, layout.dtype, (-1, layout.head_dim, LANES), layout.head_elements)
 
 
-def value_view(kv: torch.Tensor, layer: int, layout: PageLayout) -> torch.Tensor:
-    """V of one layer: ``[num_pages, num_kv_heads, page_size, head_dim]``, a view."""
-    values = kv[:, layer, :, 1]
-    return values.view(*values.shape[:2], -1, layout.head_dim)
+def value_view(heads: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """V likewise: ``[..., page_size, head_dim]``."""
+    start = layout.head_elements * layout.dtype.itemsize
+    return _part(heads, start, layout.dtype, (-1, layout.head_dim), layout.head_elements)
+
+
+def scale_views(heads: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scales of K and of V, both ``[..., page_size]`` fp32, empty unless under int8."""
+    start = 2 * layout.head_elements * layout.dtype.itemsize
+    scales = _part(heads, start, _SCALE, (2, layout.num_scales), 2 * layout.num_scales)
+    return scales[..., 0, :], scales[..., 1, :]
+
+
+def read_tokens(heads: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V as numbers, both ``[..., page_size, head_dim]`` fp32; for reading only."""
+    keys = key_view(heads, layout).transpose(-1, -2).flatten(-3, -2).to(torch.float32)
+    values = value_view(heads, layout).to(torch.float32)
+    if layout.kv_dtype != SCALED:
+        return keys, values
+    key_scales, value_scales = scale_views(heads, layout)
+    return keys * key_scales[..., None], values * value_scales[..., None]
+
+
+def _part(
+    heads: torch.Tensor, start: int, dtype: torch.dtype, shape: tuple[int, ...], count: int
+) -> torch.Tensor:
+    """``count`` elements from byte ``start`` of each record on."""
+    part = heads[..., start : start + count * dtype.itemsize].view(dtype)
+    return part.view(*part.shape[:-1], *shape)

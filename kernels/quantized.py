@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,3 +50,35 @@ class QuantizedMatrix:
             assert self.minimums is not None
             weights = values * scales + self.minimums.unsqueeze(-1)
         return weights.view(self.values.shape)
+
+    def rows(self, order: torch.Tensor) -> QuantizedMatrix:
+        """Its rows in another order, ``order`` [M] int64; -1 stands for a row of zeros."""
+
+        def ordered(part: torch.Tensor | None, fill: int) -> torch.Tensor | None:
+            if part is None:
+                return None
+            return torch.cat((part, part.new_full((1, part.shape[1]), fill)))[order]
+
+        middle = 1 << (self.bits - 1)
+        values, scales = ordered(self.values, middle), ordered(self.scales, 0)
+        assert values is not None
+        assert scales is not None
+        zeros, minimums = ordered(self.zeros, middle), ordered(self.minimums, 0)
+        return QuantizedMatrix(self.bits, self.group, values, scales, zeros, minimums)
+
+
+def stacked(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix | None:
+    """The matrices below each other, or None if they are not of one kind."""
+    first = parts[0]
+    kinds = {(part.bits, part.group, part.zeros is None) for part in parts}
+    if len(kinds) > 1:
+        return None
+
+    def cat(name: str) -> torch.Tensor | None:
+        each = [getattr(part, name) for part in parts]
+        return None if each[0] is None else torch.cat(each)
+
+    values, scales = cat("values"), cat("scales")
+    assert values is not None
+    assert scales is not None
+    return QuantizedMatrix(first.bits, first.group, values, scales, cat("zeros"), cat("minimums"))

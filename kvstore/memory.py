@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from kernels.layout import LANES, PageLayout, kv_view
+from kernels.layout import LANES, PageLayout, key_view, kv_view, scale_views, value_view
 from kvstore.page import PageIdentity, group_digest
 
 MAX_GROUP_BYTES = 1 << 20
-_POISON = 0xFF  # every fp32 and bf16 made of these bytes is NaN
+_POISON = 0xFF  # every fp32, and so every scale, and every bf16 made of these bytes is NaN
 
 
 class PageMemory:
@@ -36,16 +36,14 @@ class PageMemory:
 
     def clear_tail(self, slot: int, num_tokens: int) -> None:
         """Zeroes all tokens of a page from ``num_tokens`` on: nobody else's bytes leave with it."""
-        layout = self.layout
-        page = self.kv[slot]  # [num_layers, num_kv_heads, 2, page_size * head_dim]
-        shape = (layout.num_layers, layout.num_kv_heads, -1, layout.head_dim)
-        keys = page[:, :, 0].view(*shape, LANES)
-        values = page[:, :, 1].view(shape)
+        heads = self.kv[slot]  # [num_layers, num_kv_heads, head_bytes]
+        keys, values = key_view(heads, self.layout), value_view(heads, self.layout)
         sub_block, lane = divmod(num_tokens, LANES)
         if sub_block < keys.shape[2]:
             keys[:, :, sub_block, :, lane:] = 0
             keys[:, :, sub_block + 1 :] = 0
-        values[:, :, num_tokens:] = 0
+        for by_token in (values, *scale_views(heads, self.layout)):
+            by_token[:, :, num_tokens:] = 0
 
     def digests(self, slot: int, identity: PageIdentity) -> tuple[bytes, ...]:
         """One digest per layer group over the page's bytes as they are now."""

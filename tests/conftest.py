@@ -4,12 +4,21 @@ fails no test."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-BUDGET_S = {"unit": 180, "kernels": 60, "integration": 420, "e2e": 240}
+BUDGET_S = {"unit": 180, "kernels": 120, "integration": 420, "e2e": 240}
 _spent: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Packed weights are kept for one run of the tests, not with the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUIRE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -13,13 +13,15 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from engine.model.config import LlamaConfig, config_from_hf
+from engine.model.config import LlamaConfig
+from engine.model.hf_config import config_from_hf
 
 SPECIALS = ("<|end|>", "<|user|>")
 TEMPLATE = (
     "{% for message in messages %}<|user|>{{ message.role }}: {{ message.content }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|user|>{% endif %}"
 )
+Blocks = tuple[np.ndarray, gguf.GGMLQuantizationType]  # uint8 [rows, bytes per row]
 MERGES = (("h", "e"), ("l", "l"), ("he", "ll"))
 TOKENS = (*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "ll", "hell")
 HF_CONFIG: dict[str, Any] = {
@@ -49,6 +51,8 @@ GGUF_PARTS = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -135,22 +139,33 @@ def gguf_metadata(**changes: Any) -> dict[str, Any]:
 def gguf_weights(**changes: Any) -> dict[str, np.ndarray]:
     """The weights of ``write_folder`` with the same changes, under GGUF names, in GGUF's order."""
     config = config_from_hf(hf_config(**changes))
-    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
-    found = {}
-    for name, weight in random_weights(config).items():
-        new_name = gguf_name(name)
-        part = new_name.split(".")[-2]
-        rows = weight.numpy()
-        found[new_name] = pairs_from_halves(rows, heads[part]) if part in heads else rows
+    return llama_gguf_weights(random_weights(config), config.num_heads, config.num_kv_heads)
+
+
+def llama_gguf_weights(
+    weights: Mapping[str, torch.Tensor], num_heads: int, num_kv_heads: int
+) -> dict[str, np.ndarray]:
+    """Weights under Hugging Face names as a GGUF file of the llama architecture has them."""
+    heads = {"attn_q": num_heads, "attn_k": num_kv_heads}
+    found = plain_gguf_weights(weights)
+    for name, rows in found.items():
+        part = name.split(".")[-2]
+        if part in heads:
+            found[name] = pairs_from_halves(rows, heads[part])
     return found
 
 
+def plain_gguf_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Weights under Hugging Face names as a GGUF file of the qwen architectures has them."""
+    return {gguf_name(name): weight.numpy() for name, weight in weights.items()}
+
+
 def gguf_name(name: str) -> str:
-    stem = name.removesuffix(".weight")
+    stem, kind = name.rsplit(".", 1)
     if not stem.startswith("model.layers."):
-        return f"{GGUF_PARTS[stem]}.weight"
+        return f"{GGUF_PARTS[stem]}.{kind}"
     _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{GGUF_PARTS[part]}.weight"
+    return f"blk.{layer}.{GGUF_PARTS[part]}.{kind}"
 
 
 def pairs_from_halves(rows: np.ndarray, num_heads: int) -> np.ndarray:
@@ -164,16 +179,19 @@ def pairs_from_halves(rows: np.ndarray, num_heads: int) -> np.ndarray:
 def write_gguf(
     path: Path,
     metadata: Mapping[str, Any],
-    weights: Mapping[str, np.ndarray],
+    weights: Mapping[str, np.ndarray | Blocks],
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     architecture: str = "llama",
 ) -> Path:
-    """A GGUF file by the reference writer; matrices are stored as ``kind``, norms in F32."""
+    """A GGUF file by the reference writer; matrices are stored as ``kind`` unless they are blocks
+    already, norms in F32."""
     writer = gguf.GGUFWriter(path, architecture)
     for name, value in metadata.items():
         _add_field(writer, name, value)
     for name, weight in weights.items():
-        if weight.ndim == 1 or kind is gguf.GGMLQuantizationType.F32:
+        if isinstance(weight, tuple):
+            writer.add_tensor(name, weight[0], raw_dtype=weight[1])
+        elif weight.ndim == 1 or kind is gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, weight)
         else:
             writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)

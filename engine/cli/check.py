@@ -5,12 +5,22 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
 from engine.errors import QuireError
+from engine.modes import DEFAULT_WEIGHTS
+
+if TYPE_CHECKING:  # loads torch
+    from engine.model import ModelSpec
+
+READ_FOR_S = 0.5
+_NOT_MEASURED = "not measured: the native module is not there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +34,13 @@ class Finding:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--weights", default=DEFAULT_WEIGHTS, help="the mode to expect a speed for")
+    parser.add_argument("--kv", help="default: what suits the weights")
     parser.add_argument("--json", action="store_true")
 
 
 def run(options: argparse.Namespace) -> int:
-    findings = [_tried(what, look) for what, look in _checks(options.model)]
+    findings = [_tried(what, look) for what, look in _checks(options)]
     if options.json:
         print(json.dumps({"findings": [asdict(finding) for finding in findings]}))
     else:
@@ -37,12 +49,17 @@ def run(options: argparse.Namespace) -> int:
     return 0 if all(finding.ok for finding in findings) else 1
 
 
-def _checks(model: str) -> list[tuple[str, Callable[[], str]]]:
+def _checks(options: argparse.Namespace) -> list[tuple[str, Callable[[], str]]]:
+    read_gbps = cache(_read_gbps)
+    spec = cache(lambda: _spec(options))
     return [
         ("machine", _machine),
-        ("kernels", _kernels),
+        ("cores", _cores),
+        ("kernels", lambda: _kernels(options.weights)),
+        ("memory bandwidth", lambda: _bandwidth(read_gbps())),
         ("redis server", _redis),
-        ("model", lambda: _model(model)),
+        ("model", lambda: _model(options.model, spec())),
+        ("expected speed", lambda: expected_speed(spec().weight_bytes, read_gbps())),
         ("transport grpc", lambda: "available"),
         ("transport shm", lambda: _later("shared memory")),
         ("transport nixl", lambda: _later("NIXL")),
@@ -58,19 +75,53 @@ def _tried(what: str, look: Callable[[], str]) -> Finding:
 
 
 def _machine() -> str:
-    from kernels.threads import allowed_cores
-
     free = shutil.disk_usage("/").free >> 30
+    return f"{platform.machine()}, Python {platform.python_version()}, {free} GiB of disk free"
+
+
+def _cores() -> str:
+    from kernels.threads import allowed_cores, cgroup_quota, configured_threads
+
+    quota = cgroup_quota()
     return (
-        f"{platform.machine()}, Python {platform.python_version()}, "
-        f"{allowed_cores()} cores allowed, {free} GiB of disk free"
+        f"{allowed_cores()} allowed of {os.cpu_count()} ({len(os.sched_getaffinity(0))} by "
+        f"affinity, {'no CPU quota' if quota is None else f'a CPU quota of {quota:g}'}); "
+        f"kernels use {configured_threads()} threads"
     )
 
 
-def _kernels() -> str:
+def _kernels(weights: str) -> str:
     from kernels.dispatch import backend, isa, numerics_tag
 
-    return f"back end {backend()}, instruction set {isa()}, numerics {numerics_tag()}"
+    return f"back end {backend()}, instruction set {isa()}, numerics {numerics_tag(weights)}"
+
+
+def _read_gbps() -> float | None:
+    """None without the native module, which measures it."""
+    from kernels.dispatch import KernelUnavailable
+    from kernels.peaks import measure_read
+    from kernels.threads import configured_threads
+
+    try:
+        return measure_read(configured_threads(), seconds=READ_FOR_S)
+    except KernelUnavailable:
+        return None
+
+
+def _bandwidth(read_gbps: float | None) -> str:
+    if read_gbps is None:
+        return _NOT_MEASURED
+    return f"{read_gbps:.1f} GB/s, reading with all threads an array larger than the caches"
+
+
+def expected_speed(weight_bytes: int, read_gbps: float | None) -> str:
+    """Tokens per second of one sequence with a short context, if reading weights were all."""
+    if read_gbps is None:
+        return _NOT_MEASURED
+    return (
+        f"about {read_gbps * 1e9 / weight_bytes:.0f} tokens/s at batch 1: bandwidth / weights = "
+        f"{read_gbps:.1f} GB/s / {weight_bytes / 1e6:.0f} MB; `quire bench decode` measures it"
+    )
 
 
 def _redis() -> str:
@@ -79,10 +130,13 @@ def _redis() -> str:
     return f"embedded: {get_binary_path()}"
 
 
-def _model(name: str) -> str:
+def _spec(options: argparse.Namespace) -> ModelSpec:
     from engine.model.load import load_model
 
-    spec = load_model(name).model.spec
+    return load_model(options.model, weights=options.weights, kv=options.kv).model.spec
+
+
+def _model(name: str, spec: ModelSpec) -> str:
     kib = spec.page_layout(32).token_bytes / 1024
     return (
         f"{name}: context {spec.max_context}, vocabulary {spec.vocab_size}, "

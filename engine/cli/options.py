@@ -6,6 +6,7 @@ import argparse
 
 from engine.client import BlockingClient
 from engine.errors import InvalidRequest, PeerUnavailable
+from engine.modes import DEFAULT_WEIGHTS, KV_MODES, WEIGHT_MODES
 from engine.sampling_params import SamplingParams
 from engine.state import read_up_state, state_dir
 
@@ -55,8 +56,8 @@ def sampling_params(options: argparse.Namespace) -> SamplingParams:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a name or a path (default: smollm2, or what is served)")
-    parser.add_argument("--weights", choices=("fp32", "bf16", "int8", "int4"))
-    parser.add_argument("--kv", choices=("fp32", "bf16", "int8"))
+    parser.add_argument("--weights", choices=WEIGHT_MODES)
+    parser.add_argument("--kv", choices=KV_MODES)
     parser.add_argument("--draft", help="reserved for speculation")
 
 
@@ -76,7 +77,7 @@ def open_engine(options: argparse.Namespace) -> BlockingClient:
 
         return LocalEngine(
             options.model or "smollm2",
-            weights=options.weights or "fp32",
+            weights=options.weights or DEFAULT_WEIGHTS,
             kv=options.kv,
             progress=default_progress(),
         )

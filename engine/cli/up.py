@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.cli.trace import trace_file
+from engine.modes import DEFAULT_WEIGHTS, KV_MODES, WEIGHT_MODES
 from engine.state import UpState, state_dir
 from engine.supervisor import ServicePlan, Supervisor, only_one
 
@@ -18,8 +19,8 @@ _PASSED_ON = ("model", "weights", "kv", "pool_tokens", "page_size", "otlp_endpoi
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--weights", default="fp32", choices=("fp32", "bf16", "int8", "int4"))
-    parser.add_argument("--kv", default="auto", choices=("auto", "fp32", "bf16", "int8"))
+    parser.add_argument("--weights", default=DEFAULT_WEIGHTS, choices=WEIGHT_MODES)
+    parser.add_argument("--kv", default="auto", choices=("auto", *KV_MODES))
     parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill services")
     parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode services")
     parser.add_argument("--redis", default="", metavar="URL", help="use this one, start none")

@@ -53,6 +53,7 @@ class Model(Protocol):
     def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
         """Writes K and V of every row into its page, returns logits of ``batch.logit_rows``.
 
-        ``kv`` is ``kernels.layout.kv_view`` of the pool. Returns ``[R, vocab_size]`` fp32.
+        ``kv`` is ``kernels.layout.kv_view`` of the pool. Returns ``[R, vocab_size]`` fp32, or
+        ``kernels.ragged.best_ids`` of that if the batch says ``best_only``.
         """
         ...

@@ -1,12 +1,14 @@
 """GGUF files as models: tensors under Hugging Face names, mapped, checked before memory is taken.
 
-Rows of q and k are stored in the order of interleaved rotary pairs (llama.cpp's llama layout) and
-put back into Hugging Face's order of halves, so that one rotation serves both kinds of files.
+Files of the llama architecture store rows of q and k in the order of interleaved rotary pairs; they
+are put back into Hugging Face's order of halves, so that one rotation serves all files.
 """
 
 from __future__ import annotations
 
 import mmap
+import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +20,12 @@ import numpy as np
 import torch
 
 from engine.errors import ModelError
+from engine.model import gguf_blocks
 from engine.model.config import LlamaConfig
-from engine.model.dequantize import TYPES, dequantize, stored_bytes
+from engine.model.dequantize import OTHER_TYPES, TYPES, dequantize, stored_bytes
 from engine.model.gguf_format import GgufError, TensorInfo, parse
 from engine.model.weights import StoredTensor
+from kernels.quantized import QuantizedMatrix
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -32,11 +36,15 @@ _NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# One spelling of a layer's number, so that no two names stand for one tensor.
+_NAME = re.compile(r"(?:blk\.(?P<layer>0|[1-9][0-9]{0,4})\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,11 @@ class GgufTensor:
     shape: tuple[int, ...]
     kind: str
     data: np.ndarray
+
+    def values(self) -> np.ndarray:
+        """The tensor as fp32 of its shape."""
+        values: np.ndarray = dequantize(self.data, self.kind, self.shape)
+        return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,28 +89,35 @@ def open_gguf(path: Path) -> GgufFile:
 
 def stored_tensors(file: GgufFile, config: LlamaConfig) -> dict[str, StoredTensor]:
     """The file's tensors under Hugging Face names. Raises ModelError for a name that has none."""
+    paired = {}  # tensors whose rows are rotary pairs side by side, with their number of heads
+    if file.fields.get("general.architecture") == "llama":
+        paired = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
     stored = {}
     for name, tensor in file.tensors.items():
-        finish = _finish(name, config, tensor.shape)
-        stored[_hf_name(name)] = StoredTensor(
+        if name == "rope_freqs.weight":  # a hyperparameter: config.rope has it
+            continue
+        hf_name = _hf_name(name)
+        finish = _finish(paired.get(name.split(".")[-2]))
+        stored[hf_name] = StoredTensor(
             shape=tensor.shape,
             read=partial(_read, tensor, finish),
             stored=partial(_bytes, tensor),
+            quantized=partial(_quantized, tensor, finish) if _is_quantized(tensor) else None,
         )
     return stored
 
 
 def halves_from_pairs(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows [num_heads * D, K] with rotary pairs side by side, to pairs D/2 apart."""
-    pairs = rows.view(num_heads, -1, 2, rows.shape[-1])
+    """Rows [num_heads * D, ...] with rotary pairs side by side, to pairs D/2 apart."""
+    pairs = rows.view(num_heads, -1, 2, *rows.shape[1:])
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
 def _tensor(info: TensorInfo, data: np.ndarray) -> GgufTensor:
     kind = TYPES.get(info.type_id)
     if kind is None:
-        supported = ", ".join(TYPES.values())
-        raise GgufError(f"tensor {info.name} has type {info.type_id}; supported are {supported}")
+        shown, supported = OTHER_TYPES.get(info.type_id, info.type_id), ", ".join(TYPES.values())
+        raise GgufError(f"tensor {info.name} has type {shown}; supported are {supported}")
     try:
         size = stored_bytes(kind, info.shape)
     except ValueError as error:
@@ -119,26 +139,36 @@ def _check_overlap(infos: tuple[TensorInfo, ...], tensors: list[GgufTensor]) -> 
 
 def _hf_name(name: str) -> str:
     """``blk.3.attn_q.weight`` to ``model.layers.3.self_attn.q_proj.weight``. Raises ModelError."""
-    parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[1].isdecimal() and parts[2] in _NAMES:
-        return f"model.layers.{int(parts[1])}.{_NAMES[parts[2]]}.{parts[3]}"
-    if len(parts) == 2 and parts[0] in _NAMES:
-        return f"{_NAMES[parts[0]]}.{parts[1]}"
-    raise ModelError(f"tensor {name} does not belong to a llama model")
+    match = _NAME.fullmatch(name)
+    if match is None or match["part"] not in _NAMES:
+        raise ModelError(f"tensor {reprlib.repr(name)} does not belong to a llama model")
+    part = f"{_NAMES[match['part']]}.{match['kind']}"
+    return part if match["layer"] is None else f"model.layers.{match['layer']}.{part}"
 
 
-def _finish(
-    name: str, config: LlamaConfig, shape: tuple[int, ...]
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What is left to do to a tensor's rows after reading."""
-    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(name.split(".")[-2])
-    if heads is None or shape[0] % (2 * heads):
-        return lambda tensor: tensor
-    return lambda tensor: halves_from_pairs(tensor, heads)
+def _finish(paired_heads: int | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What is left to do to a tensor's rows after reading; they are checked to be whole heads."""
+    if paired_heads is None:
+        return lambda rows: rows
+    return lambda rows: halves_from_pairs(rows, paired_heads)
 
 
 def _read(tensor: GgufTensor, finish: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    return finish(torch.from_numpy(dequantize(tensor.data, tensor.kind, tensor.shape)))
+    return finish(torch.from_numpy(tensor.values()))
+
+
+def _is_quantized(tensor: GgufTensor) -> bool:
+    return tensor.kind in gguf_blocks.KINDS and len(tensor.shape) == 2
+
+
+def _quantized(
+    tensor: GgufTensor, finish: Callable[[torch.Tensor], torch.Tensor]
+) -> QuantizedMatrix:
+    rows, columns = tensor.shape
+    try:
+        return gguf_blocks.quantized_matrix(tensor.data, tensor.kind, (rows, columns), finish)
+    except ValueError as error:
+        raise ModelError(f"tensor {tensor.name}: {error}") from None
 
 
 def _bytes(tensor: GgufTensor) -> memoryview:

@@ -3,7 +3,7 @@
 Layout, after the GGUF specification: magic, version, tensor count, metadata count; the metadata
 (key, type, value); the tensor infos (name, dimensions, type, offset); padding to the alignment; the
 tensors' bytes. Every length is checked against what is left of the file before anything is made of
-it, so a lying file costs no memory.
+it, and the elements of all arrays together are limited, so a lying file costs little memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ VERSIONS = (2, 3)
 MAX_FIELDS = 1 << 16
 MAX_TENSORS = 1 << 20
 MAX_DIMS = 4
-MAX_NESTING = 4
+MAX_TEXT_BYTES = 1 << 24
+MAX_ELEMENTS = 1 << 22  # of all arrays; a vocabulary of 2^18 tokens has a fourth of that
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
@@ -115,6 +116,7 @@ class _Cursor:
 
     def __init__(self, data: memoryview) -> None:
         self._data = data
+        self._elements_left = MAX_ELEMENTS
         self.position = 0
 
     def take(self, size: int) -> bytes:
@@ -136,29 +138,38 @@ class _Cursor:
         return count
 
     def string(self) -> str:
-        raw = self.take(self.number(_U64))
+        size = int(self.number(_U64))
+        if size > MAX_TEXT_BYTES:
+            raise GgufError(f"a text of {size} bytes, more than {MAX_TEXT_BYTES}")
+        raw = self.take(size)
         try:
             return raw.decode()
         except UnicodeDecodeError:
             raise GgufError(f"text at byte {self.position - len(raw)} is not UTF-8") from None
 
-    def value(self, type_id: int, nesting: int = 0) -> Any:
+    def value(self, type_id: int) -> Any:
         if type_id in _SCALARS:
             return self.number(_SCALARS[type_id])
         if type_id == _STRING:
             return self.string()
-        if type_id == _ARRAY and nesting < MAX_NESTING:
-            return self._array(nesting)
+        if type_id == _ARRAY:
+            return self._array()
         raise GgufError(f"metadata type {type_id} is unknown")
 
-    def _array(self, nesting: int) -> list[Any]:
+    def _array(self) -> list[Any]:
+        """Of numbers or texts; arrays of arrays are in no model's metadata."""
         type_id, count = self.number(_U32), self.number(_U64)
+        self._elements_left -= count
+        if self._elements_left < 0:
+            raise GgufError(f"arrays of more than {MAX_ELEMENTS} elements")
         if type_id in _SCALARS:
             form = _SCALARS[type_id]
             raw = self.take(count * form.size)
             return [value for (value,) in form.iter_unpack(raw)]
-        self._need(count * _U64.size)  # every string or array begins with a length
-        return [self.value(type_id, nesting + 1) for _ in range(count)]
+        if type_id != _STRING:
+            raise GgufError(f"metadata arrays of type {type_id} are not supported")
+        self._need(count * _U64.size)  # every text begins with its length
+        return [self.string() for _ in range(count)]
 
     def _need(self, size: int) -> None:
         if size > len(self._data) - self.position:

@@ -20,8 +20,8 @@ from engine.chat_template import ChatMessage, check_messages
 from engine.errors import InvalidRequest
 from engine.model import ModelSpec
 from kernels.kv_write import kv_write
-from kernels.layout import PageLayout, key_view, value_view
-from kernels.ragged import RaggedBatch, row_slots
+from kernels.layout import PageLayout, read_tokens
+from kernels.ragged import RaggedBatch, best_ids, row_slots
 
 NUM_BYTES = 256
 START, END_OF_MESSAGE, END = 257, 258, 259  # 256 is not used
@@ -36,7 +36,7 @@ _END_MALUS = 6.0  # the end is drawn for less than one token in 300
 
 
 class HashModel:
-    """``kv_dtype`` is "fp32" or "bf16"; the text is the same under both."""
+    """``kv_dtype`` is "fp32", "bf16" or "int8"; the text is the same under all."""
 
     def __init__(self, kv_dtype: str) -> None:
         self.spec = ModelSpec(
@@ -65,14 +65,19 @@ class HashModel:
             sequence = int(torch.searchsorted(ends, row, right=True))
             length = int(batch.positions[row]) + 1
             logits[index] = _logits(_digest(kv, layout, batch.page_tables[sequence], length))
-        return logits
+        return best_ids(logits) if batch.best_only else logits
 
 
 def _content(batch: RaggedBatch, layer: int) -> torch.Tensor:
-    """Keys and values of a layer [2, T, 1, HEAD_DIM], integers 0..255, which bf16 holds exactly."""
+    """Keys and values of a layer [2, T, 1, HEAD_DIM], integers -127 .. 127, exact in bf16.
+
+    In int8 too: the first lane is always 127, so the scale is 1.
+    """
     row = (batch.token_ids * MAX_CONTEXT + batch.positions) * NUM_LAYERS + layer
     lanes = torch.arange(2 * HEAD_DIM).view(2, 1, 1, HEAD_DIM)
-    return (_mixed(row.view(1, -1, 1, 1) * (2 * HEAD_DIM) + lanes) % 256).float()
+    content = (_mixed(row.view(1, -1, 1, 1) * (2 * HEAD_DIM) + lanes) % 255 - 127).float()
+    content[..., 0] = 127
+    return content
 
 
 def _mixed(x: torch.Tensor) -> torch.Tensor:
@@ -87,11 +92,9 @@ def _digest(kv: torch.Tensor, layout: PageLayout, table: torch.Tensor, length: i
     slots = table[: -(-length // layout.page_size)].long()
     state = xxhash.xxh3_64()
     for layer in range(NUM_LAYERS):
-        keys = key_view(kv, layer, layout)[slots, 0]  # [pages, page_size / 16, HEAD_DIM, 16]
-        values = value_view(kv, layer, layout)[slots, 0]  # [pages, page_size, HEAD_DIM]
-        by_token = keys.transpose(-1, -2).reshape(-1, HEAD_DIM)[:length]
-        for content in (by_token, values.reshape(-1, HEAD_DIM)[:length]):
-            state.update(content.float().contiguous().numpy().data)
+        for content in read_tokens(kv[slots, layer, 0], layout):  # [pages, page_size, HEAD_DIM]
+            by_token = content.reshape(-1, HEAD_DIM)[:length]
+            state.update(by_token.contiguous().numpy().data)
     return state.intdigest()
 
 

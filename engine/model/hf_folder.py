@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import ModelError
-from engine.model.weights import StoredTensor
 
 MAX_TEXT_BYTES = 64 << 20
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SKIPPED_SUFFIX = ".rotary_emb.inv_freq"  # a constant that old exports kept
+
+
+@dataclass(frozen=True, slots=True)
+class FolderTensor:
+    """A tensor as it is stored: ``dtype`` is its name in safetensors, ``load`` converts nothing."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+    def stored(self) -> memoryview:
+        return self.load().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_text(path: Path) -> str:
@@ -32,7 +45,7 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ModelError."""
     try:
-        found = json.loads(read_text(path))
+        found = json.loads(read_text(path), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path.name} is not JSON ({error})") from None
     if not isinstance(found, dict):
@@ -40,13 +53,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What is said twice can be read in two ways."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{reprlib.repr(name)} is there twice")
+        found[name] = value
+    return found
+
+
 def read_json_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def stored_tensors(folder: Path, tied_head: bool) -> dict[str, StoredTensor]:
+def folder_tensors(folder: Path, tied_head: bool) -> dict[str, FolderTensor]:
     """The folder's tensors by name, from one file or from the shards its index names."""
-    stored: dict[str, StoredTensor] = {}
+    stored: dict[str, FolderTensor] = {}
     for path, names in _files(folder).items():
         found = _tensors_of(path)
         missing = names - found.keys()
@@ -78,12 +101,14 @@ def _files(folder: Path) -> Mapping[Path, set[str]]:
     files: dict[Path, set[str]] = {}
     for name, file in places.items():
         if Path(str(file)).name != file or not file.endswith(".safetensors"):
-            raise ModelError(f"{index.name} names {file!r}, no safetensors file of the folder")
+            raise ModelError(
+                f"{index.name} names {reprlib.repr(file)}, no safetensors file of the folder"
+            )
         files.setdefault(folder / file, set()).add(name)
     return files
 
 
-def _tensors_of(path: Path) -> dict[str, StoredTensor]:
+def _tensors_of(path: Path) -> dict[str, FolderTensor]:
     try:
         file: Any = safe_open(path, framework="pt")
         stored = {}
@@ -91,26 +116,9 @@ def _tensors_of(path: Path) -> dict[str, StoredTensor]:
             if name.endswith(_SKIPPED_SUFFIX):
                 continue
             part = file.get_slice(name)
-            if part.get_dtype() not in _DTYPES:
-                raise ModelError(
-                    f"tensor {name} has dtype {part.get_dtype()}; "
-                    f"supported are {', '.join(_DTYPES)}"
-                )
-            stored[name] = StoredTensor(
-                shape=tuple(part.get_shape()),
-                read=partial(_read, file, name),
-                stored=partial(_bytes, file, name),
+            stored[name] = FolderTensor(
+                name, part.get_dtype(), tuple(part.get_shape()), partial(file.get_tensor, name)
             )
         return stored
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path.name} is not a readable safetensors file ({error})") from None
-
-
-def _read(file: Any, name: str) -> torch.Tensor:
-    tensor: torch.Tensor = file.get_tensor(name)
-    return tensor.to(torch.float32)
-
-
-def _bytes(file: Any, name: str) -> memoryview:
-    tensor: torch.Tensor = file.get_tensor(name)
-    return tensor.contiguous().view(torch.uint8).reshape(-1).numpy().data

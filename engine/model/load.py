@@ -13,15 +13,18 @@ from typing import Any
 from engine.errors import ModelError
 from engine.gguf_tokenizer import GgufVocabulary, tokenizer_from_gguf
 from engine.library_tokenizer import tokenizer_from_folder
-from engine.model import Model, ModelSpec
-from engine.model.config import LlamaConfig, config_from_gguf, config_from_hf
+from engine.model import Model, ModelSpec, freed_memory
+from engine.model.checkpoint_formats import checkpoint_tensors
+from engine.model.config import LlamaConfig
+from engine.model.gguf_config import config_from_gguf
 from engine.model.gguf_file import open_gguf
 from engine.model.gguf_file import stored_tensors as gguf_tensors
 from engine.model.hash_model import HashModel, HashTokenizer
-from engine.model.hf_folder import read_json, read_json_if_there, read_text
-from engine.model.hf_folder import stored_tensors as folder_tensors
+from engine.model.hf_config import config_from_hf
+from engine.model.hf_folder import folder_tensors, read_json, read_json_if_there, read_text
 from engine.model.llama import LlamaModel
-from engine.model.weights import WEIGHT_MODES, StoredTensor, load_weights
+from engine.model.weights import StoredTensor, load_weights, step_bytes
+from engine.modes import WEIGHT_MODES, default_kv
 from engine.progress import ProgressSink, Silence
 from engine.tokenizer import Tokenizer
 from kernels.dispatch import numerics_tag
@@ -57,12 +60,12 @@ def load_model(
 ) -> LoadedModel:
     """Loads ``smollm2``, ``hash`` (the tests' model), a GGUF file or a Hugging Face folder.
 
-    ``weights`` is "fp32" or "bf16"; ``kv`` is "fp32" or "bf16" and defaults to fp32 with fp32
-    weights, else bf16. Raises ModelError for anything unknown, damaged or not supported.
+    ``weights`` is one of WEIGHT_MODES; ``kv`` is "fp32", "bf16" or "int8" and defaults to fp32
+    with fp32 weights, else bf16. Raises ModelError for anything unknown, damaged or not supported.
     """
     if weights not in WEIGHT_MODES:
         raise ModelError(f"weights {weights!r} are not supported; {', '.join(WEIGHT_MODES)} are")
-    kv = weights if kv is None else kv
+    kv = default_kv(weights) if kv is None else kv
     if kv not in KV_DTYPES:
         raise ModelError(f"KV dtype {kv!r} is not supported; {', '.join(KV_DTYPES)} are")
     if name == "hash":
@@ -71,10 +74,11 @@ def load_model(
     _check_vocabulary(source)
     config = source.config
     tensors, digest = load_weights(config, source.tensors, weights, progress or Silence())
+    freed_memory.give_back()
     spec = ModelSpec(
         name=_served_name(name),
         digest=digest,
-        numerics=f"{weights}/{kv}/{numerics_tag()}",
+        numerics=f"{weights}/{kv}/{numerics_tag(weights)}",
         vocab_size=config.vocab_size,
         max_context=config.max_context,
         eos_token_ids=source.eos_token_ids,
@@ -83,7 +87,7 @@ def load_model(
         head_dim=config.head_dim,
         weight_mode=weights,
         kv_dtype=kv,
-        weight_bytes=tensors.step_bytes,
+        weight_bytes=step_bytes(tensors),
     )
     return LoadedModel(LlamaModel(config, tensors, spec), source.tokenizer, name)
 
@@ -151,7 +155,7 @@ def _open_folder(folder: Path) -> _Source:
     generation = read_json_if_there(folder / "generation_config.json")
     return _Source(
         config,
-        folder_tensors(folder, config.tied_head),
+        checkpoint_tensors(raw, folder_tensors(folder, config.tied_head), config.shapes()),
         tokenizer_from_folder(folder, settings, _chat_template(folder, settings)),
         _eos_ids(generation) or _eos_ids(raw),
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.config import setting
 from engine.core import CoreSettings
+from engine.modes import DEFAULT_WEIGHTS, KV_MODES, WEIGHT_MODES
 from engine.scheduler import SchedulerLimits
 from engine.serving.server import Listen
 from engine.telemetry.logs import LEVELS
@@ -21,8 +22,8 @@ class WorkerSettings:
     advertise_host: str = setting("", help="how other workers reach this host, if not by `host`")
     redis: str = setting("", help="URL of a Redis or Valkey; without one the worker stands alone")
     model: str = setting("smollm2", help="a model's name or path")
-    weights: str = setting("fp32", help="weight mode", choices=("fp32", "bf16", "int8", "int4"))
-    kv: str = setting("auto", help="KV dtype", choices=("auto", "fp32", "bf16", "int8"))
+    weights: str = setting(DEFAULT_WEIGHTS, help="weight mode", choices=WEIGHT_MODES)
+    kv: str = setting("auto", help="KV dtype", choices=("auto", *KV_MODES))
     page_size: int = setting(32, help="tokens per page, a multiple of 16", minimum=16, maximum=1024)
     pool_tokens: int = setting(
         16384, help="size of the KV pool in tokens", minimum=16, maximum=2**31 - 1

@@ -1,23 +1,21 @@
-"""The token function of one choice: from logits to a token."""
+"""The token function of one choice, and of all rows of a step at once."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import EngineFault, InvalidRequest
+from engine.errors import EngineFault, InvalidRequest, QuireError
 from engine.sampling_params import SamplingParams
-from engine.token_function.filters import min_p_border, top_k_border, top_p_border
-from engine.token_function.gumbel import gumbel_argmax
-from engine.token_function.logprobs import TopLogprobs, log_softmax, top_logprobs
-from engine.token_function.penalties import LARGEST, Penalties
-from engine.token_function.philox import token_words
+from engine.token_function.rules import rule_of
+from kernels.sample import NOT_NUMBERS, NOTHING_LEFT, Row, sample
 
 Fp32 = NDArray[np.float32]
-Mask = NDArray[np.bool_]
+TopLogprobs = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +44,8 @@ class TokenFunction:
         eos_ids: Collection[int],
         vocab_size: int,
     ) -> None:
-        self._params = params
-        self._seed = seed
-        self._choice_index = choice_index
-        self._num_prompt = len(prompt_ids)
+        self._rule = rule_of(params, seed, choice_index, prompt_ids, eos_ids, vocab_size)
         self._vocab_size = vocab_size
-        self._temperature = np.float32(params.temperature)
-        self._penalties = Penalties(params, prompt_ids)
-        self._forbidden = _forbidden(params, vocab_size)
-        self._forbidden_early = self._forbidden
-        if params.min_tokens:
-            endings = {*params.stop_token_ids} | (set() if params.ignore_eos else {*eos_ids})
-            self._forbidden_early = _mark(self._forbidden, sorted(endings), vocab_size)
 
     def __call__(self, logits: Fp32, output_ids: Sequence[int]) -> TokenChoice:
         """The token after ``output_ids``, from ``logits`` ``[vocab_size]`` fp32, left unchanged.
@@ -65,101 +53,44 @@ class TokenFunction:
         Raises EngineFault if a logit is NaN or +Inf or all are -Inf, and InvalidRequest if the
         request's masks leave no token.
         """
+        (choice,) = choose([self.row(logits, array("i", output_ids))])
+        if isinstance(choice, QuireError):
+            raise choice
+        return choice
+
+    def row(self, logits: Fp32, output_ids: array[int]) -> Row:
+        """What ``choose`` takes for the token after ``output_ids``."""
         assert logits.shape == (self._vocab_size,)
         assert logits.dtype == np.float32
-        impossible = _check_logits(logits)
-        with np.errstate(over="ignore"):  # what overflows is given its value where it matters
-            token_id = self._choose(logits, impossible, output_ids)
-        if self._params.logprobs is None:
-            return TokenChoice(token_id)
-        logprobs = log_softmax(logits)
-        return TokenChoice(
-            token_id, float(logprobs[token_id]), top_logprobs(logprobs, self._params.logprobs)
-        )
+        return Row(logits, self._rule, output_ids)
 
-    def _choose(self, logits: Fp32, impossible: Mask | None, output_ids: Sequence[int]) -> int:
-        adjusted = self._adjust(logits, output_ids)
-        forbidden = _either(impossible, self._forbidden_at(len(output_ids)))
-        ids, values = _candidates(adjusted, forbidden)
-        if self._params.is_greedy:
-            return int(ids[np.argmax(values)])
-        values = np.clip(values / self._temperature, -LARGEST, LARGEST)
-        ids, values = self._filter(ids, values)
-        position = self._num_prompt + len(output_ids)
-        words = token_words(self._seed, position, self._choice_index, ids)
-        return int(ids[gumbel_argmax(values, words)])
-
-    def _adjust(self, logits: Fp32, output_ids: Sequence[int]) -> Fp32:
-        if self._penalties.change_nothing:
-            return logits
-        adjusted = logits.copy()
-        self._penalties.apply(adjusted, output_ids)
-        return adjusted
-
-    def _forbidden_at(self, num_output: int) -> Mask | None:
-        early = num_output < self._params.min_tokens
-        return self._forbidden_early if early else self._forbidden
-
-    def _filter(self, ids: NDArray[np.intp], values: Fp32) -> tuple[NDArray[np.intp], Fp32]:
-        params = self._params
-        if params.min_p > 0:
-            ids, values = _at_least(min_p_border(values, params.min_p), ids, values)
-        if params.top_k > 0:
-            ids, values = _at_least(top_k_border(values, params.top_k), ids, values)
-        if params.top_p < 1:
-            ids, values = _at_least(top_p_border(values, params.top_p), ids, values)
-        return ids, values
+    def wants_argmax_only(self, num_output: int) -> bool:
+        """Whether ``chosen`` of the highest logit's id is the token after ``num_output`` tokens."""
+        return self._rule.wants_argmax_only(num_output)
 
 
-def _check_logits(logits: Fp32) -> Mask | None:
-    """Which logits are -Inf, if any; raises EngineFault for what no model may produce."""
-    if np.isfinite(logits).all():
-        return None
-    impossible = np.isneginf(logits)
-    if not np.isfinite(logits[~impossible]).all() or impossible.all():
-        raise EngineFault("the model produced logits that are not numbers")
-    return impossible
+def choose(rows: Sequence[Row]) -> list[TokenChoice | QuireError]:
+    """The token of each row, or the error that its token function raises."""
+    tokens = sample(rows)
+    choices = [chosen(token_id) for token_id in tokens.ids.tolist()]
+    for index, row in enumerate(rows):
+        choice, num_top = choices[index], row.rule.num_top
+        if num_top is not None and isinstance(choice, TokenChoice):
+            ids = tokens.top_ids[index, :num_top].tolist()
+            logprobs = tokens.top_logprobs[index, :num_top].tolist()
+            top = tuple(pair for pair in zip(ids, logprobs, strict=True) if pair[0] >= 0)
+            choices[index] = TokenChoice(choice.token_id, float(tokens.logprobs[index]), top)
+    return choices
 
 
-def _forbidden(params: SamplingParams, vocab_size: int) -> Mask | None:
-    forbidden = None
-    if params.allowed_token_ids:
-        forbidden = np.ones(vocab_size, dtype=np.bool_)
-        forbidden[np.array(params.allowed_token_ids)] = False
-    return _mark(forbidden, params.banned_token_ids, vocab_size)
-
-
-def _mark(mask: Mask | None, ids: Sequence[int], vocab_size: int) -> Mask | None:
-    """``mask`` and ``ids`` together, as a new mask if there are any ids."""
-    if not ids:
-        return mask
-    marked = np.zeros(vocab_size, dtype=np.bool_) if mask is None else mask.copy()
-    marked[np.array(ids)] = True
-    return marked
-
-
-def _either(first: Mask | None, second: Mask | None) -> Mask | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first | second
-
-
-def _candidates(logits: Fp32, forbidden: Mask | None) -> tuple[NDArray[np.intp], Fp32]:
-    """The ids that may be chosen, ascending, and their logits; raises InvalidRequest if none."""
-    if forbidden is None:
-        return np.arange(logits.size), logits
-    ids = np.flatnonzero(~forbidden)
-    if not ids.size:
-        raise InvalidRequest(
+def chosen(token_id: int) -> TokenChoice | QuireError:
+    """What a token id of ``kernels.sample``, or a reason in its place, means to a request."""
+    if token_id == NOT_NUMBERS:
+        return EngineFault("the model produced logits that are not numbers")
+    if token_id == NOTHING_LEFT:
+        return InvalidRequest(
             "allowed_token_ids",
             "with banned_token_ids and min_tokens it leaves no token to choose",
             "at least 1 token that does not end the output",
         )
-    return ids, logits[ids]
-
-
-def _at_least(
-    border: np.float32, ids: NDArray[np.intp], values: Fp32
-) -> tuple[NDArray[np.intp], Fp32]:
-    kept = values >= border
-    return ids[kept], values[kept]
+    return TokenChoice(token_id)

@@ -9,11 +9,17 @@ namespace quire {
 namespace {
 
 #if defined(__x86_64__)
-bool has_avx512() {
+bool has_avx512_vnni() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 }
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+}
+bool has_avx2_vnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
 #endif
 
 std::atomic<const Isa*>& chosen() {
@@ -27,7 +33,9 @@ std::atomic<const Isa*>& chosen() {
 const std::vector<Isa>& isas() {
     static const std::vector<Isa> all{
 #if defined(__x86_64__)
-        {"avx512", &avx512::kernels, has_avx512},
+        {"avx512_bf16", &avx512_bf16::kernels, has_avx512_bf16},
+        {"avx512_vnni", &avx512_vnni::kernels, has_avx512_vnni},
+        {"avx2_vnni", &avx2_vnni::kernels, has_avx2_vnni},
         {"avx2", &avx2::kernels, has_avx2},
 #endif
         {"portable", &portable::kernels, [] { return true; }},

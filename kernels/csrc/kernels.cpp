@@ -3,14 +3,18 @@
 namespace quire::QUIRE_ISA {
 
 const Kernels kernels{
+    .tile_rows = {kTileRows, kTileRows, kTileRows, kTileRows16},
     .rms_norm = rms_norm,
-    .linear_f32 = linear_f32,
-    .linear_bf16 = linear_bf16,
+    .pack_rows = pack_rows,
+    .linear = linear,
+    .qkv = qkv,
+    .gate_up = gate_up,
+    .head = head,
+    .embedding = embedding,
     .silu_mul = silu_mul,
-    .kv_write_f32 = kv_write_f32,
-    .kv_write_bf16 = kv_write_bf16,
-    .paged_attention_f32 = paged_attention_f32,
-    .paged_attention_bf16 = paged_attention_bf16,
+    .kv_write = kv_write,
+    .paged_attention = paged_attention,
+    .merge_attention = merge_attention,
 };
 
 }  // namespace quire::QUIRE_ISA

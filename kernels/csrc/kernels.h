@@ -1,4 +1,4 @@
-// The unit functions of one instruction set: what each source file defines, listed by kernels.cpp.
+// The unit functions of one instruction set, and what its source files share.
 #pragma once
 
 #include "lanes.h"
@@ -6,12 +6,39 @@
 namespace quire::QUIRE_ISA {
 
 void rms_norm(const RmsNorm& a, int64_t row);
-void linear_f32(const Linear& a, int64_t unit);
-void linear_bf16(const Linear& a, int64_t unit);
+void pack_rows(const PackRows& a, int64_t row);
+void linear(const Linear& a, int64_t unit);
+void qkv(const Qkv& a, int64_t unit);
+void gate_up(const GateUp& a, int64_t unit);
+void head(const Head& a, int64_t unit);
+void embedding(const Embedding& a, int64_t row);
 void silu_mul(const SiluMul& a, int64_t unit);
-void kv_write_f32(const KvWrite& a, int64_t row);
-void kv_write_bf16(const KvWrite& a, int64_t row);
-void paged_attention_f32(const PagedAttention& a, int64_t unit);
-void paged_attention_bf16(const PagedAttention& a, int64_t unit);
+void kv_write(const KvWrite& a, int64_t row);
+void paged_attention(const PagedAttention& a, int64_t unit);
+void merge_attention(const MergeAttention& a, int64_t unit);
+
+// Rows of a tile by input format: 24 sums of 16 lanes, or as many as registers hold.
+constexpr int kTileRows = kRegisters >= 32 ? 12 : 3;
+constexpr int kTileRows16 = kRegisters >= 32 ? 6 : 2;
+constexpr int tile_rows(InputFormat format) {
+    return format == InputFormat::int16 ? kTileRows16 : kTileRows;
+}
+
+// out[r, 0..31] = row `row + r` of x times tile `tile` of w, for r below rows <= tile_rows.
+void multiply(const Matrix& w, int64_t tile, const InputRows& x, int64_t row, int64_t rows,
+              float* out, int64_t stride);
+
+// y[0..width-1] = x normalised by the root of its mean square.
+void normalise(const float* x, const float* weight, float eps, int64_t width, float* y);
+
+// Writes the inputs `start .. start + count - 1` of a row: whole groups. x is used up.
+void pack_inputs(float* x, int64_t start, int64_t count, const InputRows& out, int64_t row);
+
+// Rounds and stores one head of one row in its page.
+void put_key(const Pages& pages, int64_t slot, int64_t offset, int64_t head, const float* k);
+void put_value(const Pages& pages, int64_t slot, int64_t offset, int64_t head, const float* v);
+
+// In place, both padded to whole blocks of 64: x = H x, each block by itself.
+void rotate(float* x, int64_t count);
 
 }  // namespace quire::QUIRE_ISA

@@ -1,5 +1,6 @@
-// F16: sixteen fp32 lanes, the only vector type of the kernels, with one meaning on every
-// instruction set. Each operation is one IEEE operation per lane, so equal code gives equal bits.
+// The vector types of the kernels, each with one meaning on every instruction set.
+//
+// F16: sixteen fp32 lanes. Each operation is one IEEE operation per lane, so equal code gives equal bits.
 //
 //   load(p), load_first(p, n)    16 elements of fp32 or bf16, or n of them and zeros
 //   store(p, a), store_first(p, a, n)
@@ -8,15 +9,26 @@
 //   if_less(a, b, x, y)          a < b ? x : y
 //   power_of_two(t)              2^n where t = 1.5 * 2^23 + n, n in -126..127
 //   reduce_sum, reduce_larger    lanes j and j + 8 first, then + 4, + 2, + 1
+//   exchange<D>(a)               lane i takes the value of lane i xor D; D is 1, 2, 4 or 8
+//   load_half(p)                 16 elements of fp16
+//
+// I16: sixteen int32 lanes; Weights: 16 x 4 unsigned bytes; Inputs: 4 signed bytes for every lane.
+//
+//   dot(sum, w, x)               sum + w0 x0 + w1 x1 + w2 x2 + w3 x3 per lane, exact in int32
+//   to_int(a)                    nearest, ties to even, of |a| < 2^22
+//   store_bytes(p, a)            the low byte of every lane
+//
+// Pairs: sixteen pairs of bf16; dot(sum, w, x) = fma(w0, x0, fma(w1, x1, sum)), where vdpbf16ps
+// does it with subnormal numbers taken for 0.
 #pragma once
 
 #include "ops.h"
 
 #define QUIRE_INLINE static inline __attribute__((always_inline))
 
-#if defined(QUIRE_ISA_AVX512)
+#if defined(QUIRE_ISA_AVX512_BF16) || defined(QUIRE_ISA_AVX512_VNNI)
 #include "lanes_avx512.h"
-#elif defined(QUIRE_ISA_AVX2)
+#elif defined(QUIRE_ISA_AVX2_VNNI) || defined(QUIRE_ISA_AVX2)
 #include "lanes_avx2.h"
 #else
 #include "lanes_portable.h"

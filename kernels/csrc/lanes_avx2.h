@@ -5,11 +5,15 @@
 
 #include <cstring>
 
+#if defined(__AVXVNNI__)
+#define QUIRE_ISA avx2_vnni
+#else
 #define QUIRE_ISA avx2
+#endif
 
-namespace quire::avx2 {
+namespace quire::QUIRE_ISA {
 
-constexpr int kTileRows = 2, kTileColumns = 2, kScoreBlocks = 1, kValueBlocks = 1;
+constexpr int kRegisters = 8;
 
 struct F16 {
     __m256 low, high;
@@ -77,7 +81,123 @@ QUIRE_INLINE __m256 power_of_two_8(__m256 t) {
 }
 QUIRE_INLINE F16 power_of_two(F16 t) { return {power_of_two_8(t.low), power_of_two_8(t.high)}; }
 
+template <int Distance>
+QUIRE_INLINE __m256 exchange_8(__m256 a) {
+    if constexpr (Distance == 1) return _mm256_permute_ps(a, 0xB1);
+    if constexpr (Distance == 2) return _mm256_permute_ps(a, 0x4E);
+    if constexpr (Distance == 4) return _mm256_permute2f128_ps(a, a, 1);
+}
+template <int Distance>
+QUIRE_INLINE F16 exchange(F16 a) {
+    if constexpr (Distance == 8)
+        return {a.high, a.low};
+    else
+        return {exchange_8<Distance>(a.low), exchange_8<Distance>(a.high)};
+}
+
+QUIRE_INLINE F16 load_half(const uint16_t* p) {
+    auto halves = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+}
+
+QUIRE_INLINE F16 load(const int8_t* p) {
+    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+
+struct I16 {
+    __m256i low, high;
+};
+using Weights = I16;
+
+QUIRE_INLINE I16 broadcast_int(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
+QUIRE_INLINE I16 operator+(I16 a, I16 b) {
+    return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+}
+QUIRE_INLINE I16 operator-(I16 a, I16 b) {
+    return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)};
+}
+template <int Bits>
+QUIRE_INLINE I16 shift_left(I16 a) {
+    return {_mm256_slli_epi32(a.low, Bits), _mm256_slli_epi32(a.high, Bits)};
+}
+template <int Bits>
+QUIRE_INLINE I16 shift_right(I16 a) {
+    return {_mm256_srai_epi32(a.low, Bits), _mm256_srai_epi32(a.high, Bits)};
+}
+QUIRE_INLINE F16 to_float(I16 a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+QUIRE_INLINE I16 to_int(F16 a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
+QUIRE_INLINE int32_t reduce_sum(I16 a) {
+    __m256i s = _mm256_add_epi32(a.low, a.high);
+    __m128i r = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+    r = _mm_add_epi32(r, _mm_shuffle_epi32(r, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(r, _mm_shuffle_epi32(r, 0xB1)));
+}
+QUIRE_INLINE void store_bytes(int8_t* p, I16 a) {
+    int32_t wide[16];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(wide), a.low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(wide + 8), a.high);
+    for (int i = 0; i < 16; ++i) p[i] = int8_t(wide[i]);
+}
+
+QUIRE_INLINE Weights load_weights(const uint8_t* p) {
+    auto halves = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+}
+QUIRE_INLINE Weights low_nibbles(Weights w) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(w.low, mask), _mm256_and_si256(w.high, mask)};
+}
+QUIRE_INLINE Weights high_nibbles(Weights w) {
+    return low_nibbles({_mm256_srli_epi16(w.low, 4), _mm256_srli_epi16(w.high, 4)});
+}
+QUIRE_INLINE __m256i broadcast_four(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
+}
+
+#if defined(__AVXVNNI__)
+using Inputs = __m256i;
+QUIRE_INLINE Inputs broadcast_inputs(const int8_t* p) { return broadcast_four(p); }
+QUIRE_INLINE I16 dot(I16 sum, Weights w, Inputs x) {
+    return {_mm256_dpbusd_avx_epi32(sum.low, w.low, x), _mm256_dpbusd_avx_epi32(sum.high, w.high, x)};
+}
+#else
+// vpmaddubsw would saturate; bytes widened to 16 bits add up exactly.
+struct Inputs {
+    __m256i even, odd;
+};
+QUIRE_INLINE Inputs broadcast_inputs(const int8_t* p) {
+    const __m256i four = broadcast_four(p);
+    return {_mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8), _mm256_srai_epi16(four, 8)};
+}
+QUIRE_INLINE __m256i dot_8(__m256i sum, __m256i w, const Inputs& x) {
+    const __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, x.even));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, x.odd));
+}
+QUIRE_INLINE I16 dot(I16 sum, Weights w, Inputs x) {
+    return {dot_8(sum.low, w.low, x), dot_8(sum.high, w.high, x)};
+}
+#endif
+
+struct Pairs {
+    F16 even, odd;
+};
+QUIRE_INLINE Pairs load_pairs(const bf16* p) {
+    auto halves = reinterpret_cast<const __m256i*>(p);
+    const __m256i a = _mm256_loadu_si256(halves), b = _mm256_loadu_si256(halves + 1);
+    const __m256i mask = _mm256_set1_epi32(int32_t(0xFFFF0000));
+    return {{_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)),
+             _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))},
+            {_mm256_castsi256_ps(_mm256_and_si256(a, mask)),
+             _mm256_castsi256_ps(_mm256_and_si256(b, mask))}};
+}
+#include "lanes_pairs.h"
+
 QUIRE_INLINE float reduce_sum(F16 a) { return reduce_sum_8(_mm256_add_ps(a.low, a.high)); }
 QUIRE_INLINE float reduce_larger(F16 a) { return reduce_larger_8(_mm256_max_ps(a.low, a.high)); }
 
-}  // namespace quire::avx2
+}  // namespace quire::QUIRE_ISA

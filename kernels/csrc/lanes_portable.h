@@ -7,8 +7,7 @@
 
 namespace quire::portable {
 
-// Registers are few: the tile of `linear`, and vectors held at once by attention.
-constexpr int kTileRows = 2, kTileColumns = 2, kScoreBlocks = 1, kValueBlocks = 1;
+constexpr int kRegisters = 8;
 
 struct F16 {
     float lane[16];
@@ -22,12 +21,7 @@ QUIRE_INLINE F16 each_lane(Op op) {
 }
 
 QUIRE_INLINE float to_float(float a) { return a; }
-QUIRE_INLINE float to_float(bf16 a) {
-    uint32_t bits = uint32_t(a.bits) << 16;
-    float r;
-    std::memcpy(&r, &bits, sizeof r);
-    return r;
-}
+QUIRE_INLINE float to_float(bf16 a) { return to_f32(a); }
 
 QUIRE_INLINE F16 broadcast(float a) { return each_lane([=](int) { return a; }); }
 
@@ -76,6 +70,105 @@ QUIRE_INLINE F16 power_of_two(const F16& t) {
     }
     return r;
 }
+
+template <int Distance>
+QUIRE_INLINE F16 exchange(const F16& a) {
+    return each_lane([&](int i) { return a.lane[i ^ Distance]; });
+}
+
+// fp16 to fp32, exact.
+QUIRE_INLINE float half_to_float(uint16_t half) {
+    const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = half & 0x7FFF;
+    uint32_t bits = (magnitude << 13) + (112u << 23);
+    float r;
+    if (magnitude >= 0x7C00) bits = (magnitude << 13) | 0x7F800000;
+    if (magnitude < 0x0400) {
+        r = float(magnitude) * 0x1p-24f;
+        std::memcpy(&bits, &r, sizeof bits);
+    }
+    bits |= sign;
+    std::memcpy(&r, &bits, sizeof r);
+    return r;
+}
+QUIRE_INLINE F16 load_half(const uint16_t* p) {
+    return each_lane([=](int i) { return half_to_float(p[i]); });
+}
+QUIRE_INLINE F16 load(const int8_t* p) { return each_lane([=](int i) { return float(p[i]); }); }
+
+struct I16 {
+    int32_t lane[16];
+};
+template <class Op>
+QUIRE_INLINE I16 each_int(Op op) {
+    I16 r;
+    for (int i = 0; i < 16; ++i) r.lane[i] = int32_t(op(i));
+    return r;
+}
+struct Weights {
+    uint8_t byte[64];
+};
+struct Inputs {
+    int32_t each[4];
+};
+
+QUIRE_INLINE I16 broadcast_int(int32_t a) { return each_int([=](int) { return a; }); }
+QUIRE_INLINE I16 operator+(const I16& a, const I16& b) {
+    return each_int([&](int i) { return uint32_t(a.lane[i]) + uint32_t(b.lane[i]); });
+}
+QUIRE_INLINE I16 operator-(const I16& a, const I16& b) {
+    return each_int([&](int i) { return uint32_t(a.lane[i]) - uint32_t(b.lane[i]); });
+}
+template <int Bits>
+QUIRE_INLINE I16 shift_left(const I16& a) {
+    return each_int([&](int i) { return uint32_t(a.lane[i]) << Bits; });
+}
+template <int Bits>
+QUIRE_INLINE I16 shift_right(const I16& a) {
+    return each_int([&](int i) { return a.lane[i] >> Bits; });
+}
+QUIRE_INLINE F16 to_float(const I16& a) { return each_lane([&](int i) { return float(a.lane[i]); }); }
+// Adding 1.5 * 2^23 leaves the nearest integer, ties to even, of anything below 2^22.
+QUIRE_INLINE I16 to_int(const F16& a) {
+    return each_int([&](int i) { return (a.lane[i] + 12582912.0f) - 12582912.0f; });
+}
+QUIRE_INLINE int32_t reduce_sum(const I16& a) {
+    int32_t sum = 0;
+    for (int i = 0; i < 16; ++i) sum += a.lane[i];
+    return sum;
+}
+QUIRE_INLINE void store_bytes(int8_t* p, const I16& a) {
+    for (int i = 0; i < 16; ++i) p[i] = int8_t(a.lane[i]);
+}
+
+QUIRE_INLINE Weights load_weights(const uint8_t* p) {
+    Weights w;
+    std::memcpy(w.byte, p, 64);
+    return w;
+}
+QUIRE_INLINE Weights low_nibbles(Weights w) {
+    for (uint8_t& byte : w.byte) byte &= 15;
+    return w;
+}
+QUIRE_INLINE Weights high_nibbles(Weights w) {
+    for (uint8_t& byte : w.byte) byte >>= 4;
+    return w;
+}
+QUIRE_INLINE Inputs broadcast_inputs(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+QUIRE_INLINE I16 dot(const I16& sum, const Weights& w, const Inputs& x) {
+    I16 r = sum;
+    for (int i = 0; i < 16; ++i)
+        for (int j = 0; j < 4; ++j) r.lane[i] += w.byte[4 * i + j] * x.each[j];
+    return r;
+}
+
+struct Pairs {
+    F16 even, odd;
+};
+QUIRE_INLINE Pairs load_pairs(const bf16* p) {
+    return {each_lane([=](int i) { return to_float(p[2 * i]); }),
+            each_lane([=](int i) { return to_float(p[2 * i + 1]); })};
+}
+#include "lanes_pairs.h"
 
 template <class Op>
 QUIRE_INLINE float reduce(F16 a, Op op) {

@@ -8,9 +8,10 @@ namespace quire {
 
 namespace {
 
-// Longer than the gap between two ops of a step, much shorter than a time slice.
-constexpr auto kSpin = std::chrono::microseconds(50);
+// Longer than the gap between two phases, much shorter than a time slice.
+constexpr auto kSpin = std::chrono::microseconds(100);
 constexpr int kSpinsBeforeYield = 1000;
+constexpr uint64_t kNone = uint64_t(1) << 31;
 
 void relax() {
 #if defined(__x86_64__)
@@ -19,6 +20,8 @@ void relax() {
     asm volatile("yield");
 #endif
 }
+
+int64_t left(uint64_t open) { return int64_t(open & 0xFFFFFFFF) - int64_t(kNone); }
 
 ThreadPool* process_pool = nullptr;
 
@@ -37,54 +40,85 @@ ThreadPool& ThreadPool::instance() {
     return *process_pool;
 }
 
-void ThreadPool::Job::take_units() {
-    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;)
-        function(call, unit);
-}
-
-void ThreadPool::run_job(Job job) {
+void ThreadPool::run(const Phase* phases, int64_t count) {
     const std::lock_guard lock(turn_);
-    if (workers_.empty() || job.units <= 1) return job.take_units();
-    publish(&job);
-    job.take_units();
-    // A worker counts itself in before it reads job_: either it sees null, or it is seen here.
-    job_.store(nullptr);
-    // Whoever is still inside may have lost its core: after a while, offer this one.
-    for (int spins = 0; inside_.load() != 0; ++spins)
-        spins < kSpinsBeforeYield ? relax() : std::this_thread::yield();
-}
-
-void ThreadPool::publish(Job* job) {
-    job_.store(job);
-    epoch_.fetch_add(1);
-    epoch_.notify_all();
-}
-
-void ThreadPool::serve() {
-    for (int seen = 0; !stopping_.load();) {
-        inside_.fetch_add(1);
-        if (Job* job = job_.load()) job->take_units();
-        inside_.fetch_sub(1);
-        seen = wait_for_epoch_after(seen);
+    if (workers_.empty()) {
+        for (int64_t i = 0; i < count; ++i)
+            for (int64_t unit = 0; unit < phases[i].units; ++unit)
+                phases[i].function(phases[i].args, unit);
+        return;
+    }
+    phases_ = phases;
+    count_ = count;
+    first_serial_ = uint32_t(open_.load() >> 32) + 1;
+    done_.store(false);
+    open(0);
+    // Whoever holds the last units may have lost its core: after a while, offer this one.
+    for (int spins = 0; !done_.load();) {
+        if (take_unit())
+            spins = 0;
+        else
+            ++spins < kSpinsBeforeYield ? relax() : std::this_thread::yield();
     }
 }
 
-int ThreadPool::wait_for_epoch_after(int seen) {
-    const auto start = std::chrono::steady_clock::now();
-    do {
-        for (int i = 0; i < 64; ++i) {
-            if (epoch_.load() != seen) return epoch_.load();
+// Nobody holds a unit now: whatever is stored here is seen by whoever takes one.
+void ThreadPool::open(int64_t phase) {
+    while (phase < count_ && phases_[phase].units <= 0) ++phase;
+    if (phase == count_) return done_.store(true);
+    const int64_t units = phases_[phase].units;
+    unfinished_.store(units);
+    open_.store(uint64_t(first_serial_ + uint32_t(phase)) << 32 | (kNone + uint64_t(units)));
+    if (units > 1 && asleep_.load() > 0) wake();
+}
+
+// Takes and runs one unit of the open phase, if there is one.
+bool ThreadPool::take_unit() {
+    if (left(open_.load()) <= 0) return false;
+    const uint64_t taken = open_.fetch_sub(1);
+    const int64_t unit = left(taken) - 1;
+    if (unit < 0) return false;
+    const int64_t index = uint32_t(uint32_t(taken >> 32) - first_serial_);
+    const Phase& phase = phases_[index];
+    phase.function(phase.args, phase.units - 1 - unit);
+    if (unfinished_.fetch_sub(1) == 1) open(index + 1);
+    return true;
+}
+
+void ThreadPool::serve() {
+    using Clock = std::chrono::steady_clock;
+    auto idle_since = Clock::now();
+    for (int spins = 0; !stopping_.load(); ++spins) {
+        const uint64_t seen = open_.load();
+        if (take_unit()) {
+            spins = 0;
+            idle_since = Clock::now();
+        } else if (spins % 64 == 63 && Clock::now() - idle_since > kSpin) {
+            sleep(seen);
+            idle_since = Clock::now();
+        } else {
             relax();
         }
-    } while (std::chrono::steady_clock::now() - start < kSpin);
-    epoch_.wait(seen);
-    return epoch_.load();
+    }
+}
+
+// Either this thread sees the phase that was opened meanwhile, or its opener sees it asleep.
+void ThreadPool::sleep(uint64_t seen) {
+    const uint32_t epoch = epoch_.load();
+    asleep_.fetch_add(1);
+    if (open_.load() >> 32 == seen >> 32 && !stopping_.load()) epoch_.wait(epoch);
+    asleep_.fetch_sub(1);
+}
+
+void ThreadPool::wake() {
+    epoch_.fetch_add(1);
+    epoch_.notify_all();
 }
 
 void ThreadPool::resize(int threads) {
     const std::lock_guard lock(turn_);
     stopping_.store(true);
-    publish(nullptr);
+    wake();
     for (auto& worker : workers_) worker.join();
     workers_.clear();
     stopping_.store(false);

@@ -1,15 +1,28 @@
-// One pool of threads per process. Units are taken from a counter, so a thread that loses its core
-// slows a step by at most the unit it holds.
+// One pool of threads per process. A job is a list of phases; a phase's units run on any threads, in
+// any order; a phase starts when the one before it is done. Units are taken from a counter and the
+// thread that finishes a phase's last unit opens the next, so a thread that lost its core holds up
+// a step by at most the unit it holds.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
-#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 namespace quire {
+
+struct Phase {
+    void (*function)(const void* args, int64_t unit);
+    const void* args;
+    int64_t units;  // fewer than 2^31; a phase without any is passed over
+};
+
+// A phase of one of the kernels' unit functions; `args` must outlive the job.
+template <auto Function, class Args>
+void call_unit(const void* args, int64_t unit) {
+    Function(*static_cast<const Args*>(args), unit);
+}
 
 class ThreadPool {
 public:
@@ -21,44 +34,48 @@ public:
     void resize(int threads);
     int size();
 
-    // Calls function(args, unit) for every unit in 0..units-1 on any threads, in any order, and
-    // returns when all are done. `function` must not throw. Concurrent callers take turns.
+    // Runs the phases in order and returns when all are done. Functions must not throw. Concurrent
+    // callers take turns.
+    void run(const Phase* phases, int64_t count);
+
+    // One phase: function(args, unit) for every unit in 0..units-1.
     template <class Args>
     void run(void (*function)(const Args&, int64_t), const Args& args, int64_t units) {
         struct Call {
             void (*function)(const Args&, int64_t);
             const Args& args;
         } const call{function, args};
-        run_job({[](const void* call, int64_t unit) {
-                     auto& c = *static_cast<const Call*>(call);
-                     c.function(c.args, unit);
-                 },
-                 &call, units});
+        const Phase phase{[](const void* call, int64_t unit) {
+                              auto& c = *static_cast<const Call*>(call);
+                              c.function(c.args, unit);
+                          },
+                          &call, units};
+        run(&phase, 1);
     }
 
 private:
-    struct Job {
-        void (*function)(const void*, int64_t);
-        const void* call;
-        int64_t units;
-        std::atomic<int64_t> next{0};
-
-        Job(void (*f)(const void*, int64_t), const void* c, int64_t u)
-            : function(f), call(c), units(u) {}
-        void take_units();
-    };
-
-    void run_job(Job job);
+    void open(int64_t phase);
+    bool take_unit();
     void serve();
-    int wait_for_epoch_after(int seen);
-    void publish(Job* job);
+    void sleep(uint64_t seen);
+    void wake();
 
     std::mutex turn_;  // held by the caller whose job runs, or who resizes
     std::vector<std::thread> workers_;
     std::atomic<bool> stopping_{false};
-    std::atomic<Job*> job_{nullptr};  // null between jobs
-    std::atomic<int> epoch_{0};       // one more for every job; what sleeping workers wait for
-    std::atomic<int> inside_{0};      // workers that may hold a pointer to the job
+
+    // The open phase's serial number above, the units nobody has taken, plus kNone, below. Whoever
+    // lowers it to less than kNone has taken nothing.
+    alignas(64) std::atomic<uint64_t> open_{0};
+    alignas(64) std::atomic<int64_t> unfinished_{0};  // units of the open phase
+    alignas(64) std::atomic<uint32_t> epoch_{0};      // what sleeping workers wait on
+    std::atomic<int> asleep_{0};
+    std::atomic<bool> done_{true};
+
+    // Of the job that runs; whoever has taken a unit may read them.
+    const Phase* phases_ = nullptr;
+    int64_t count_ = 0;
+    uint32_t first_serial_ = 0;  // of phase 0
 };
 
 }  // namespace quire

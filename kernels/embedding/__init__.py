@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from kernels import dispatch
+from kernels.packed_matrix import PackedMatrix
 
 
-def embedding(token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Rows ``token_ids`` [T] int64 of ``table`` [V, H] fp32 or bf16, as [T, H] fp32 (exact).
+def embedding(token_ids: torch.Tensor, table: PackedMatrix) -> torch.Tensor:
+    """Rows ``token_ids`` [T] int64 of ``table``, V x H, as [T, H] fp32, turned back if rotated.
 
     Raises ``ValueError`` if a token id is outside 0..V-1.
     """

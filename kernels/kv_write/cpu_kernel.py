@@ -15,4 +15,4 @@ def kv_write(
     offsets: torch.Tensor,
     layout: PageLayout,
 ) -> None:
-    _native.kv_write(k, v, kv, layer, pages, offsets, layout.page_size)
+    _native.kv_write(k, v, kv, layer, pages, offsets, layout.kv_dtype, layout.page_size)

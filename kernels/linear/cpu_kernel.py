@@ -3,11 +3,10 @@ from __future__ import annotations
 import torch
 
 from kernels import _native
+from kernels.packed_matrix import PackedMatrix
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if weight.dtype == torch.bfloat16:
-        x = x.to(torch.bfloat16).to(torch.float32)
-    out = torch.empty(x.shape[0], weight.shape[0])
-    _native.linear(x, weight, bias, out)
+def linear(x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    out = torch.empty(x.shape[0], weight.outputs)
+    _native.linear(x, weight.native, bias, out)
     return out

@@ -14,6 +14,7 @@ def paged_attention(
     batch: RaggedBatch,
     layout: PageLayout,
     scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
     out = torch.empty_like(q)
     _native.paged_attention(
@@ -23,8 +24,10 @@ def paged_attention(
         batch.positions,
         batch.query_starts,
         batch.page_tables,
+        layout.kv_dtype,
         layout.page_size,
         scale,
+        window,
         out,
     )
     return out

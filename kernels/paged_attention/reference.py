@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 
 from kernels.index_check import check_index, check_range, check_row_ranges
-from kernels.layout import PageLayout, key_view, value_view
+from kernels.layout import PageLayout, read_tokens
 from kernels.paged_attention import CHUNK_TOKENS
 from kernels.ragged import RaggedBatch
 
@@ -18,7 +18,10 @@ def paged_attention(
     batch: RaggedBatch,
     layout: PageLayout,
     scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, not {window}")
     check_index("layer", layer, layout.num_layers)
     check_range("positions", batch.positions, batch.page_tables.shape[1] * layout.page_size)
     starts = batch.query_starts.tolist()
@@ -26,31 +29,45 @@ def paged_attention(
     out = torch.empty_like(q)
     for sequence, (start, end) in enumerate(pairwise(starts)):
         for row in range(start, end):
-            num_keys = int(batch.positions[row]) + 1
-            pages = batch.page_tables[sequence, : -(-num_keys // layout.page_size)].to(torch.int64)
-            check_range("page_tables", pages, kv.shape[0])
-            keys, values = _gather(kv, layer, pages, num_keys, layout)
-            out[row] = _attend(q[row] * scale, keys, values)
+            stop = int(batch.positions[row]) + 1
+            first = 0 if window is None else max(0, stop - window)
+            keys, values = _gather(kv, layer, batch.page_tables[sequence], first, stop, layout)
+            out[row] = _attend(q[row] * scale, keys, values, first)
     return out
 
 
 def _gather(
-    kv: torch.Tensor, layer: int, pages: torch.Tensor, num_keys: int, layout: PageLayout
+    kv: torch.Tensor,
+    layer: int,
+    page_table: torch.Tensor,
+    first: int,
+    stop: int,
+    layout: PageLayout,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of positions 0 .. num_keys - 1, each ``[Hkv, num_keys, D]`` fp32."""
-    keys = key_view(kv, layer, layout)[pages]  # [P, Hkv, page_size / 16, D, 16]
-    values = value_view(kv, layer, layout)[pages]  # [P, Hkv, page_size, D]
-    keys = keys.permute(1, 0, 2, 4, 3).flatten(1, 3)[:, :num_keys]
-    values = values.permute(1, 0, 2, 3).flatten(1, 2)[:, :num_keys]
-    return keys.to(torch.float32), values.to(torch.float32)
+    """Keys and values of positions ``first .. stop - 1``, each ``[Hkv, stop - first, D]`` fp32."""
+    first_page = first // layout.page_size
+    pages = page_table[first_page : -(-stop // layout.page_size)].to(torch.int64)
+    check_range("page_tables", pages, kv.shape[0])
+    tokens = slice(first - first_page * layout.page_size, stop - first_page * layout.page_size)
+    keys, values = read_tokens(kv[pages, layer], layout)  # [P, Hkv, page_size, D]
+    return _in_a_row(keys)[:, tokens], _in_a_row(values)[:, tokens]
 
 
-def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """One row: ``q`` [Hq, D] already scaled; returns [Hq, D]."""
+def _in_a_row(pages: torch.Tensor) -> torch.Tensor:
+    """``[P, Hkv, page_size, D]`` as ``[Hkv, P * page_size, D]``."""
+    return pages.transpose(0, 1).flatten(1, 2)
+
+
+def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int) -> torch.Tensor:
+    """One row: ``q`` [Hq, D] already scaled, keys from position ``first`` on; returns [Hq, D]."""
     num_kv_heads, num_keys, head_dim = keys.shape
     q = q.view(num_kv_heads, -1, head_dim)
-    chunks = [slice(start, start + CHUNK_TOKENS) for start in range(0, num_keys, CHUNK_TOKENS)]
-    partials = [_attend_chunk(q, keys[:, chunk], values[:, chunk]) for chunk in chunks]
+    before = first % CHUNK_TOKENS
+    ends = [0, *range(CHUNK_TOKENS - before, num_keys, CHUNK_TOKENS), num_keys]
+    partials = [
+        _attend_chunk(q, keys[:, start:end], values[:, start:end], 0 if start else before)
+        for start, end in pairwise(ends)
+    ]
     _, total, weighted = reduce(_merge, partials)
     return (weighted / total).view(-1, head_dim)
 
@@ -58,14 +75,19 @@ def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.
 _Partial = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # m, l [Hkv, G, 1]; o [Hkv, G, D]
 
 
-def _attend_chunk(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> _Partial:
-    """Always computed over 128 keys, the missing ones masked, so that its shape never changes."""
-    num_keys = keys.shape[1]
-    missing = CHUNK_TOKENS - num_keys
-    keys = torch.nn.functional.pad(keys, (0, 0, 0, missing))
-    values = torch.nn.functional.pad(values, (0, 0, 0, missing))
+def _attend_chunk(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, before: int
+) -> _Partial:
+    """Always computed over 128 keys, so that its shape never changes.
+
+    The ``before`` first and what is missing at the end are masked.
+    """
+    end = before + keys.shape[1]
+    missing = CHUNK_TOKENS - end
+    keys = torch.nn.functional.pad(keys, (0, 0, before, missing))
+    values = torch.nn.functional.pad(values, (0, 0, before, missing))
     scores = q @ keys.transpose(1, 2)  # [Hkv, G, 128]
-    scores[:, :, num_keys:] = -torch.inf
+    scores[:, :, :before] = scores[:, :, end:] = -torch.inf
     m = scores.amax(dim=-1, keepdim=True)
     weights = torch.exp(scores - m)
     return m, weights.sum(dim=-1, keepdim=True), weights @ values

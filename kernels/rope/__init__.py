@@ -5,19 +5,40 @@ from __future__ import annotations
 import torch
 
 from kernels import dispatch
+from kernels.rope.scaling import (
+    FrequencyFactors,
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    YarnScaling,
+)
+
+__all__ = [
+    "FrequencyFactors",
+    "LinearScaling",
+    "Llama3Scaling",
+    "RopeScaling",
+    "YarnScaling",
+    "rope",
+    "rope_tables",
+]
 
 
 def rope_tables(
-    max_positions: int, head_dim: int, theta: float
+    max_positions: int, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of ``position * theta^(-2i / head_dim)``, each [max_positions, head_dim/2].
 
-    Computed in fp64 and rounded to fp32 once; the same under every back end.
+    ``scaling`` changes the speed of each pair and the amplitude of both tables. Computed in fp64
+    and rounded to fp32 once; the same under every back end.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    positions = torch.arange(max_positions, dtype=torch.float64)
-    angles = torch.outer(positions, theta**-exponents)
-    return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
+    speeds, amplitude = theta**-exponents, 1.0
+    if scaling is not None:
+        speeds, amplitude = scaling.speeds(speeds, theta), scaling.amplitude
+    angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), speeds)
+    cos, sin = angles.cos() * amplitude, angles.sin() * amplitude
+    return cos.to(torch.float32), sin.to(torch.float32)
 
 
 def rope(

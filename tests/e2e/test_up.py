@@ -53,7 +53,6 @@ def test_generate_takes_ids_and_chat_and_names_what_is_wrong(hash_up: Up) -> Non
         (["--prompt", "x", "--temperature", "-1"], "temperature"),
         (["--prompt-ids", "1,x"], "--prompt-ids"),
         (["--prompt-ids", "9999"], "prompt.token_ids"),
-        (["--prompt", "x", "--weights", "int8", "--local"], "int8"),
         (["--prompt", "x", "--model", "nobody"], "nobody"),
         (["--prompt", "x", "--endpoint", "127.0.0.1:1"], "127.0.0.1:1"),
         (["--prompt", "x", "--draft", "hash"], "--draft"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -34,25 +37,24 @@ def smollm2() -> LoadedModel:
     return load_model("smollm2")
 
 
-@pytest.fixture(scope="module")
-def smollm2_bf16() -> LoadedModel:
-    return load_model("smollm2", weights="bf16")
+MODES = ["fp32/fp32", "bf16/bf16", "int8/bf16", "int8/int8", "int4/bf16", "int4/int8"]
 
 
-@pytest.fixture(params=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=MODES)
 def model(request: pytest.FixtureRequest) -> LoadedModel:
-    name = {"fp32": "smollm2", "bf16": "smollm2_bf16"}[request.param]
-    found: LoadedModel = request.getfixturevalue(name)
-    return found
+    """The real model in every weight mode and every KV mode."""
+    weights, kv = request.param.split("/")
+    return load_model("smollm2", weights=weights, kv=kv)
 
 
 class Bench:
     """A model over fresh pages; every row's logits are asked for."""
 
-    def __init__(self, loaded: LoadedModel, num_sequences: int = 1) -> None:
+    def __init__(self, loaded: LoadedModel, num_sequences: int = 1, pages: int = PAGES) -> None:
         self.model = loaded.model
         self.layout = loaded.model.spec.page_layout(32)
-        self.memory = PageMemory(self.layout, PAGES * num_sequences)
+        self.memory = PageMemory(self.layout, pages * num_sequences)
+        self.pages = pages
 
     def run(self, *parts: tuple[int, int, Sequence[int]]) -> list[torch.Tensor]:
         """One step of (sequence, start, tokens) each; the logits ``[rows, vocab]`` of each."""
@@ -61,7 +63,7 @@ class Bench:
                 name=str(sequence),
                 start=start,
                 tokens=tuple(tokens),
-                pages=tuple(range(sequence * PAGES, (sequence + 1) * PAGES)),
+                pages=tuple(range(sequence * self.pages, (sequence + 1) * self.pages)),
                 wants_logits=True,
             )
             for sequence, start, tokens in parts
@@ -78,41 +80,58 @@ class Bench:
         return list(logits.split([len(tokens) for _, _, tokens in parts]))
 
 
+LONG = [(7 * number * number + 11 * number) % 49_000 for number in range(650)]
+
+
 def test_law_1_a_row_has_the_same_bits_however_it_was_reached(model: LoadedModel) -> None:
     """By prefill in one, in chunks, by decode, and as the third of five verification rows."""
-    tokens = PROMPT[:70]
-    (whole,) = Bench(model).run((0, 0, tokens))
-    chunked = Bench(model)
-    for start, end in ((0, 1), (1, 17), (17, 62)):
-        (part,) = chunked.run((0, start, tokens[start:end]))
+    (whole,) = Bench(model, pages=21).run((0, 0, LONG))
+    chunked = Bench(model, pages=21)
+    for start, end in ((0, 1), (1, 17), (17, 117), (117, 629)):
+        (part,) = chunked.run((0, start, LONG[start:end]))
         assert torch.equal(part, whole[start:end])
-    for position in range(62, 65):
-        (row,) = chunked.run((0, position, tokens[position : position + 1]))
+    for position in range(629, 632):
+        (row,) = chunked.run((0, position, LONG[position : position + 1]))
         assert torch.equal(row[0], whole[position])
-    (verified,) = chunked.run((0, 65, tokens[65:70]))
-    assert torch.equal(verified[2], whole[67])
+    (verified,) = chunked.run((0, 632, LONG[632:637]))
+    assert torch.equal(verified[2], whole[634])
 
 
-def test_law_1_a_row_has_the_same_bits_in_any_company(model: LoadedModel) -> None:
+@pytest.mark.parametrize(("others", "place"), [(1, 0), (6, 3), (64, 64)])
+def test_law_1_a_row_has_the_same_bits_in_any_company(
+    model: LoadedModel, others: int, place: int
+) -> None:
     tokens = PROMPT[:40]
-    (alone,) = Bench(model).run((0, 0, tokens))
-    for place in (0, 3, 6):
-        bench = Bench(model, num_sequences=7)
-        parts = [(number, 0, PROMPT[number * 9 : number * 9 + 30]) for number in range(7)]
-        parts[place] = (place, 0, tokens)
-        assert torch.equal(bench.run(*parts)[place], alone)
+    (alone,) = Bench(model, pages=2).run((0, 0, tokens))
+    bench = Bench(model, others + 1, pages=2)
+    parts = [(number, 0, LONG[number : number + 1 + number % 40]) for number in range(others + 1)]
+    parts[place] = (place, 0, tokens)
+    assert torch.equal(bench.run(*parts)[place], alone)
 
 
 def test_law_1_a_row_has_the_same_bits_under_any_number_of_threads(model: LoadedModel) -> None:
     results = []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 2):
             set_num_threads(threads)
-            results.append(Bench(model).run((0, 0, PROMPT[:50]))[0])
+            results.append(Bench(model).run((0, 0, PROMPT[:150]))[0])
     finally:
         set_num_threads(configured_threads())
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_law_1_a_row_has_the_same_bits_while_a_core_is_kept_busy(model: LoadedModel) -> None:
+    (quiet,) = Bench(model).run((0, 0, PROMPT[:150]))
+    core = max(os.sched_getaffinity(0))
+    program = f"import os; os.sched_setaffinity(0, {{{core}}}); print(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as busy:
+        try:
+            assert busy.stdout is not None
+            busy.stdout.readline()
+            (disturbed,) = Bench(model).run((0, 0, PROMPT[:150]))
+        finally:
+            busy.kill()
+    assert torch.equal(disturbed, quiet)
 
 
 def tokens_of(completions: list[Completion]) -> list[tuple[int, ...]]:

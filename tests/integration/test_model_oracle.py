@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from engine.chat_template import ChatMessage
-from engine.model import Model
 from engine.model.load import LoadedModel, load_model
+from tests.logits_oracle import assert_same_logits, oracle_logits, sequences
 from tests.paged_run import PagedRun, all_logits
 from tests.tiny_models import gguf_metadata, gguf_weights, tiny_tokenizer, write_folder, write_gguf
 
@@ -40,31 +40,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "another rotation": {"rope_theta": 1e6},
     "another epsilon": {"rms_norm_eps": 0.1},
 }
-# Sums in another order: relative to the largest logit.
-TOLERANCE = 2e-5
-
-
-def sequences(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(11)
-    size = tiny_tokenizer().get_vocab_size()
-    return [torch.randint(size, (length,), generator=generator).tolist() for length in lengths]
-
-
-@torch.no_grad()
-def oracle_logits(oracle: LlamaForCausalLM, token_ids: list[int]) -> torch.Tensor:
-    logits: torch.Tensor = oracle(torch.tensor([token_ids])).logits[0]
-    return logits
-
-
-def assert_same_logits(model: Model, oracle: LlamaForCausalLM) -> None:
-    """Over pages of 16 and 32 tokens, four sequences at once, each in chunks of another size."""
-    inputs = sequences(1, 50, 33, 100)
-    expected = [oracle_logits(oracle, each) for each in inputs]
-    scale = max(float(logits.abs().max()) for logits in expected)
-    for page_size in (16, 32):
-        found = all_logits(model, inputs, chunks=(1, 7, 16, 64), page_size=page_size)
-        for ours, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE * scale)
 
 
 def read_by_transformers(folder: Path) -> LlamaForCausalLM:

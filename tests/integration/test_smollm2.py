@@ -9,7 +9,7 @@ import torch
 
 from engine.completion import Completion
 from engine.local import AsyncLocalEngine
-from engine.model.config import config_from_gguf
+from engine.model.gguf_config import config_from_gguf
 from engine.model.gguf_file import open_gguf, stored_tensors
 from engine.model.load import LoadedModel, load_model, packaged_file
 from engine.sampling_params import SamplingParams

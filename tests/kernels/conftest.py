@@ -30,6 +30,7 @@ def _settings_restored() -> Iterator[None]:
         _native.num_threads(),
         torch.get_num_threads(),
     )
+    torch.set_num_threads(1)
     yield
     _native.select_isa(isa)
     threads.set_num_threads(native_threads)
@@ -43,18 +44,34 @@ def ops(request: pytest.FixtureRequest) -> SimpleNamespace:
 
 
 @pytest.fixture
-def everywhere() -> Callable[[Callable[[], torch.Tensor]], torch.Tensor]:
-    """Runs a computation on every instruction set and thread count; the bits must not differ."""
+def everywhere(
+    request: pytest.FixtureRequest,
+) -> Callable[[Callable[[], torch.Tensor]], torch.Tensor]:
+    """Runs a computation on every instruction set and thread count; the bits must not differ.
 
-    def run(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        results = []
+    With the reference's ``ops``, on more than one of torch's threads.
+    """
+    backend = request.node.callspec.params.get("ops", "cpu") if _varied(request) else "cpu"
+
+    def places() -> Iterator[None]:
+        if backend == "reference":
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                yield
+            return
         for isa in _native.supported_isas():
             _native.select_isa(isa)
             for count in (1, 2, 3):
                 threads.set_num_threads(count)
-                torch.set_num_threads(count)
-                results.append(compute())
+                yield
+
+    def run(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        results = [compute() for _ in places()]
         assert all(same_bits(result, results[0]) for result in results)
         return results[0]
 
     return run
+
+
+def _varied(request: pytest.FixtureRequest) -> bool:
+    return hasattr(request.node, "callspec")

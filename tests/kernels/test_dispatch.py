@@ -111,7 +111,16 @@ def test_every_implementation_has_the_contract_s_signature(op):
 @pytest.mark.parametrize("backend", dispatch.BACKENDS)
 def test_the_numerics_tag_names_back_end_and_torch(monkeypatch, backend):
     monkeypatch.setenv("QUIRE_KERNELS", backend)
-    tag = dispatch.numerics_tag()
+    tag = dispatch.numerics_tag("int8")
     assert tag.startswith(f"{backend}-")
     assert torch.__version__ in tag
     assert torch.backends.cpu.get_cpu_capability() in tag
+
+
+def test_the_numerics_tag_names_the_instruction_only_where_its_bits_differ(monkeypatch):
+    monkeypatch.setattr(dispatch, "isa", lambda: "avx512_bf16")
+    paired = dispatch.numerics_tag("bf16")
+    assert "vdpbf16ps" in paired
+    assert "vdpbf16ps" not in dispatch.numerics_tag("int8")
+    monkeypatch.setattr(dispatch, "isa", lambda: "avx2")
+    assert dispatch.numerics_tag("bf16") == paired.replace("-vdpbf16ps", "")

@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from kernels.rope import rope, rope_tables
+from kernels.rope import (
+    FrequencyFactors,
+    LinearScaling,
+    Llama3Scaling,
+    YarnScaling,
+    rope,
+    rope_tables,
+)
 from tests.kernels.bits import EPS, same_bits
 
 
@@ -42,3 +49,46 @@ def test_a_row_alone_has_the_bits_it_has_in_any_batch(ops, everywhere):
 def test_a_position_outside_the_tables_is_refused(position):
     with pytest.raises(ValueError, match=r"^positions must be in 0\.\.7"):
         rope(torch.zeros(1, 1, 4), torch.tensor([position]), *rope_tables(8, 4, 10_000.0))
+
+
+def speeds_of(scaling, theta=10_000.0):
+    """Radians per token and pair, from the first position's angle."""
+    cos, sin = rope_tables(2, 64, theta, scaling)
+    return torch.atan2(sin[1].double(), cos[1].double())
+
+
+PLAIN = 10_000.0 ** (-torch.arange(32, dtype=torch.float64) / 32)
+
+
+def test_linear_scaling_slows_every_pair():
+    torch.testing.assert_close(speeds_of(LinearScaling(4.0)), PLAIN / 4, rtol=1e-6, atol=0)
+
+
+def test_frequency_factors_slow_each_pair_by_its_own():
+    factors = torch.linspace(1, 8, 32, dtype=torch.float64)
+    scaling = FrequencyFactors(tuple(factors.tolist()))
+    torch.testing.assert_close(speeds_of(scaling), PLAIN / factors, rtol=1e-6, atol=0)
+
+
+def test_llama3_scaling_keeps_fast_pairs_slows_slow_ones_and_mixes_between():
+    share = speeds_of(Llama3Scaling(8.0, 1.0, 4.0, original_context=1024)) / PLAIN
+    turns = PLAIN * 1024 / (2 * math.pi)
+    between = (turns > 1) & (turns < 4)
+    ones = torch.ones(32, dtype=torch.float64)
+    torch.testing.assert_close(share[turns >= 4], ones[turns >= 4], rtol=1e-6, atol=0)
+    torch.testing.assert_close(share[turns <= 1], ones[turns <= 1] / 8, rtol=1e-6, atol=0)
+    assert between.sum() >= 3
+    kept = (turns[between] - 1) / 3
+    torch.testing.assert_close(share[between], kept + (1 - kept) / 8, rtol=1e-6, atol=0)
+
+
+def test_yarn_keeps_fast_pairs_slows_slow_ones_and_scales_the_tables():
+    scaling = YarnScaling(factor=8.0, original_context=1024, amplitude=1.25)
+    share = speeds_of(scaling) / PLAIN
+    first = math.floor(32 * math.log(1024 / (2 * math.pi * 32)) / math.log(10_000))
+    last = math.ceil(32 * math.log(1024 / (2 * math.pi)) / math.log(10_000))
+    assert 0 < first < last < 31
+    slowed = ((torch.arange(32, dtype=torch.float64) - first) / (last - first)).clamp(0, 1)
+    torch.testing.assert_close(share, 1 - slowed + slowed / 8, rtol=1e-6, atol=0)
+    cos, sin = rope_tables(5, 64, 10_000.0, scaling)
+    torch.testing.assert_close(cos**2 + sin**2, torch.full((5, 32), 1.25**2))

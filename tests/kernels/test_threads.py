@@ -8,6 +8,7 @@ import torch
 from kernels import _native, threads
 from kernels.linear import cpu_kernel
 from tests.kernels.bits import same_bits
+from tests.kernels.matrices import KINDS
 
 
 def write(root, path, text):
@@ -59,7 +60,7 @@ def test_a_pool_of_no_or_too_many_threads_is_refused(count):
 
 
 def test_the_pool_can_grow_and_shrink_between_calls():
-    x, weight = torch.randn(5, 64), torch.randn(999, 64)
+    x, weight = torch.randn(5, 64), KINDS["f32"](999, 64)
     expected = cpu_kernel.linear(x, weight)
     for count in (1, 4, 2, 8, 1, 3):
         threads.set_num_threads(count)
@@ -69,7 +70,7 @@ def test_the_pool_can_grow_and_shrink_between_calls():
 
 def test_callers_on_several_threads_take_turns():
     threads.set_num_threads(3)
-    x, weights = torch.randn(5, 64), [torch.randn(999, 64) for _ in range(4)]
+    x, weights = torch.randn(5, 64), [KINDS["f32"](999, 64) for _ in range(4)]
     expected = [cpu_kernel.linear(x, weight) for weight in weights]
     with ThreadPoolExecutor(4) as callers:
         for _ in range(50):
@@ -81,8 +82,9 @@ WORK = """
 import os, torch
 from kernels import threads
 from kernels.linear.cpu_kernel import linear
+from kernels.packed_matrix import pack_floats
 threads.set_num_threads(4)
-x, weight = torch.ones(3, 64), torch.ones(999, 64)
+x, weight = torch.ones(3, 64), pack_floats(torch.ones(999, 64), torch.float32)
 assert (linear(x, weight) == 64).all()
 """
 FORK = """

@@ -3,60 +3,113 @@
 from __future__ import annotations
 
 import json
-from typing import Any, cast
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from bench import __main__ as cli
 from bench import decode, machine, prefill
 from bench.decode import Steady, steady
 from bench.handover import exposed_s, handover_bytes
-from bench.limits import Phase, Workload, allowed_s, workload_of
+from bench.limits import Phase, Workload, arithmetic_of, limit_ratio, workload_of
 from bench.load import PAGE_SIZE, Load
 from bench.machine import Machine, measure_machine
+from bench.options import loads, modes
 from bench.table import render_table
+from bench.timed_model import Call, TimedModel, longest_decode
 from engine.errors import InvalidRequest
-from engine.model import ModelSpec
-from engine.model.config import LlamaConfig
-from engine.model.llama import LlamaModel
+from engine.model.hash_model import HashModel
+from engine.model.load import load_model
+from engine.model.weights import Matrices
 from engine.telemetry.trace_tree import SpanRecord
+from kernels.layout import KV_DTYPES
+from kernels.peaks import Peaks
+from kernels.ragged import RaggedBatch
+from kvstore.memory import PageMemory
+from tests.tiny_models import write_folder
 
-MACHINE = Machine(cores=2, isa="portable", read_gbps=10.0, fp32_gflops=100.0)
+PEAKS = Peaks(2, 10.0, 400.0, 200.0, 100.0, int8_by="x", fp32_by="y")
+MACHINE = Machine("portable", PEAKS)
 # 4 GB of weights in the layers, 1 GB in the head, 1 MB of KV per token.
 WORKLOAD = Workload(
-    layer_weights=10**9,
-    head_weights=25 * 10**7,
-    weight_size=4,
+    layers=Matrices(10**9, 4 * 10**9),
+    head=Matrices(25 * 10**7, 10**9),
+    arithmetic="fp32",
     kv_token_bytes=10**6,
     attention_ops=4 * 10**6,
+    kv_arithmetic="fp32",
 )
 
 
+def options_of(flags: str) -> Namespace:
+    return cli.parser().parse_args(flags.split())
+
+
 def test_the_defaults_are_those_of_the_design() -> None:
-    decode_load, prefill_load, handover_load = (
-        cli.loads(cli.parser().parse_args([kind])) for kind in ("decode", "prefill", "handover")
+    decode_load, prefill_load, handover_load, serve_load = (
+        loads(options_of(kind)) for kind in ("decode", "prefill", "handover", "serve")
     )
     assert decode_load == [Load(batch=1, prompt=128, tokens=64, repeat=3)]
     assert prefill_load == [Load(batch=1, prompt=512, tokens=1, repeat=3)]
     assert handover_load == [Load(batch=1, prompt=1000, tokens=1, repeat=3)]
-    assert cli.parser().parse_args(["decode"]).model == "smollm2"
+    assert serve_load == [Load(batch=32, prompt=128, tokens=64, repeat=3)]
+    assert options_of("decode").model == "smollm2"
+    assert modes(options_of("decode")) == [("int8", None)]
 
 
-def test_each_batch_size_is_a_load_of_its_own() -> None:
-    options = cli.parser().parse_args(["decode", "--batch", "1,8", "--tokens", "5", "--repeat=2"])
-    assert cli.loads(options) == [Load(1, 128, 5, 2), Load(8, 128, 5, 2)]
+def test_each_batch_size_and_context_is_a_load_of_its_own() -> None:
+    options = options_of("decode --batch 1,8 --context 128,2048 --tokens 5 --repeat 2")
+    assert loads(options) == [
+        Load(1, 128, 5, 2),
+        Load(1, 2048, 5, 2),
+        Load(8, 128, 5, 2),
+        Load(8, 2048, 5, 2),
+    ]
+
+
+def test_each_weight_mode_goes_with_each_kv_dtype() -> None:
+    options = options_of("decode --weights int8,int4 --kv int8,auto")
+    assert modes(options) == [("int8", "int8"), ("int8", None), ("int4", "int8"), ("int4", None)]
 
 
 @pytest.mark.parametrize(
-    "flags", [["--batch", "0"], ["--prompt", "-1"], ["--repeat", "x"], ["--weights", "int8"]]
+    "flags", ["--batch 0", "--context -1", "--repeat x", "--tokens 0", "--cores 0"]
 )
-def test_numbers_below_one_and_unknown_modes_are_refused(
-    flags: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_numbers_below_one_are_refused(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.parser().parse_args(["decode", *flags])
+        options_of(f"decode {flags}")
     assert stopped.value.code == 2
-    assert flags[0].lstrip("-") in capsys.readouterr().err
+    assert flags.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "601"])
+def test_a_part_of_no_or_endless_time_is_refused(
+    seconds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        options_of(f"steal --seconds {seconds}")
+    assert "--seconds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--weights fp31", "--kv fp31"])
+def test_a_mode_nobody_knows_is_one_line_and_code_1(
+    flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "measure_machine", lambda: MACHINE)
+    assert cli.main(["decode", "--model", "hash", *flags.split()]) == 1
+    assert "fp31" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_cores_asked_for_are_the_first_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[object] = []
+    monkeypatch.setattr(cli.os, "sched_getaffinity", lambda _: {7, 2, 5})
+    monkeypatch.setattr(cli.os, "sched_setaffinity", lambda _, cores: pinned.append(cores))
+    cli.pin(2)
+    assert pinned == [[2, 5]]
 
 
 def test_a_model_that_does_not_exist_is_one_line_and_code_1(
@@ -70,83 +123,148 @@ def test_a_model_that_does_not_exist_is_one_line_and_code_1(
 
 
 def test_a_phase_takes_as_long_as_the_slower_of_reading_and_computing() -> None:
-    assert Phase(num_bytes=2e10, num_ops=1e11).allowed_s(MACHINE) == pytest.approx(2.0)
-    assert Phase(num_bytes=1e10, num_ops=3e11).allowed_s(MACHINE) == pytest.approx(3.0)
+    assert Phase(2e10, 1e11, "fp32").allowed_s(PEAKS) == pytest.approx(2.0)
+    assert Phase(1e10, 3e11, "fp32").allowed_s(PEAKS) == pytest.approx(3.0)
+    assert Phase(1e10, 12e11, "int8").allowed_s(PEAKS) == pytest.approx(3.0)
+    assert Phase(1e10, 6e11, "bf16").allowed_s(PEAKS) == pytest.approx(3.0)
 
 
-def test_the_allowed_time_of_a_decode_step_is_that_of_its_phases_in_turn() -> None:
+def test_the_limit_of_a_decode_step_is_that_of_its_phases_in_turn() -> None:
     alone = WORKLOAD.decode_step(batch=1, context=100)
     # layers 4 GB: 0.4 s; keys and values 0.1 GB: 0.01 s; head 1 GB: 0.1 s
-    assert allowed_s(alone, MACHINE) == pytest.approx(0.51)
+    assert limit_ratio(alone, PEAKS, took_s=1.02) == pytest.approx(0.5)
     together = WORKLOAD.decode_step(batch=50, context=100)
     # layers 100 GFLOP: 1 s; keys and values 5 GB: 0.5 s; head 25 GFLOP: 0.25 s
-    assert allowed_s(together, MACHINE) == pytest.approx(1.75)
+    assert limit_ratio(together, PEAKS, took_s=3.5) == pytest.approx(0.5)
+
+
+def test_the_limit_of_the_targets_example_is_about_2300_tokens_per_second() -> None:
+    """32 sequences, int8 weights, 128 to 192 tokens of bf16 KV, 31 GB/s, 874 GOPS."""
+    peaks = Peaks(2, 31.0, 874.0, 460.0, 230.0, "x", "y")
+    workload = Workload(
+        layers=Matrices(106_168_320, 106_168_320),
+        head=Matrices(28_311_552, 28_311_552),
+        arithmetic="int8",
+        kv_token_bytes=23_040,
+        attention_ops=4 * 30 * 9 * 64,
+        kv_arithmetic="bf16",
+    )
+    phases = workload.decode_step(batch=32, context=160)
+    assert 32 / limit_ratio(phases, peaks, took_s=1.0) == pytest.approx(2300, rel=0.03)
 
 
 def test_decode_figures_are_medians_beside_what_the_machine_allows() -> None:
-    samples = [Steady(step_s, context=100.0) for step_s in (1.02, 0.6, 9.0)]
-    row = decode.figures(samples, 1, WORKLOAD, MACHINE)
+    samples = [
+        Steady(step_s, context=100.0, outside=outside)
+        for step_s, outside in ((1.02, 0.2), (0.6, 0.1), (9.0, 0.9))
+    ]
+    row = decode.figures(samples, 1, WORKLOAD, PEAKS)
     assert row["tokens_per_s"] == pytest.approx(1 / 1.02)
     assert row["bytes_per_step"] == 5 * 10**9 + 100 * 10**6
     assert row["limit_ratio"] == pytest.approx(0.5)
+    assert row["outside_step"] == 0.2
 
 
 def test_prefill_figures_count_linear_layers_and_attention_without_the_head() -> None:
     load = Load(batch=2, prompt=99, tokens=1, repeat=3)
-    row = prefill.figures([9.9, 1.0, 20.0], load, WORKLOAD, MACHINE)
+    row = prefill.figures([9.9, 1.0, 20.0], load, WORKLOAD, PEAKS)
     assert row["tokens_per_s"] == pytest.approx(2 * 99 / 9.9)
     assert row["ops_per_token"] == 2 * 10**9 + 4 * 10**6 * 50
     assert row["limit_ratio"] == pytest.approx(20 * 2.2e9 / 100e9)
 
 
-def test_steps_are_timed_while_the_whole_batch_decodes() -> None:
-    first = [0.0, 1.0, 2.0, 3.0, 4.0]
-    late = [2.1, 3.1, 4.1, 5.0, 5.5]  # began last; from 4.1 on it is alone
-    assert steady([first, late], prompt=10) == Steady(step_s=pytest.approx(1.0), context=11.5)
+def call(began: float, ended: float, positions: list[int], num_logits: int) -> Call:
+    return Call(
+        began,
+        ended,
+        RaggedBatch(
+            token_ids=torch.zeros(len(positions), dtype=torch.int64),
+            positions=torch.tensor(positions),
+            query_starts=torch.tensor([0, len(positions)]),
+            page_tables=torch.zeros(1, 1, dtype=torch.int32),
+            logit_rows=torch.arange(num_logits),
+        ),
+    )
+
+
+def test_only_steps_that_decode_the_whole_batch_in_a_row_are_timed() -> None:
+    prompts = call(0.0, 0.5, [0, 1, 2, 3], 2)
+    first, second, third = (call(n, n + 0.8, [9 + n, 19 + n], 2) for n in (1, 2, 3))
+    alone = call(4.0, 4.1, [13], 1)
+    calls = [first, prompts, first, second, third, alone, first]
+    assert longest_decode(calls, 2) == [first, second, third]
+    assert longest_decode([prompts, alone], 2) == []
+
+
+def test_a_step_lasts_from_its_beginning_to_that_of_the_next() -> None:
+    steps = [call(1.0, 1.8, [9, 19], 2), call(2.0, 2.7, [10, 20], 2), call(3.0, 9.0, [11, 21], 2)]
+    found = steady(steps, batch=2)
+    assert found.step_s == pytest.approx(1.0)
+    assert found.context == (10 + 20 + 11 + 21) / 4
+    assert found.outside == pytest.approx(1 - 1.5 / 2)
 
 
 def test_a_batch_that_never_decodes_together_is_no_result() -> None:
     with pytest.raises(InvalidRequest, match="--tokens"):
-        steady([[0.0, 1.0], [5.0, 6.0]], prompt=10)
+        steady([call(0.0, 1.0, [4], 1)], batch=1)
 
 
-@pytest.mark.parametrize(("mode", "size"), [("fp32", 4), ("bf16", 2)])
-def test_a_models_workload_counts_its_matrices_once(mode: str, size: int) -> None:
-    config = LlamaConfig(
-        num_layers=3,
-        hidden_size=32,
-        intermediate_size=80,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=16,
-        vocab_size=100,
-        max_context=64,
-        rope_theta=10000.0,
-        norm_eps=1e-5,
-        tied_head=True,
+def test_a_timed_model_is_the_model_in_everything_else() -> None:
+    model = HashModel("fp32")
+    timed = TimedModel(model)
+    memory = PageMemory(model.spec.page_layout(PAGE_SIZE), 1)
+    batch = call(0.0, 0.0, [0, 1, 2], 3).batch
+    logits = timed.forward(batch, memory.kv, memory.layout)
+    assert torch.equal(logits, model.forward(batch, memory.kv, memory.layout))
+    assert timed.spec is model.spec
+    (timing,) = timed.calls
+    assert timing.began < timing.ended
+    assert timing.num_keys == 1 + 2 + 3
+
+
+def scale_bytes(*matrices: tuple[int, int], group: int, each: int) -> int:
+    return sum(outputs * -(-inputs // group) * each for outputs, inputs in matrices)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "int8", "int4"])
+def test_a_models_workload_counts_its_matrices_once_and_no_padding(
+    mode: str, tmp_path: Path
+) -> None:
+    kv = mode if mode in KV_DTYPES else "int8"
+    loaded = load_model(str(write_folder(tmp_path / "tiny")), weights=mode, kv=kv)
+    vocabulary, kv_size = loaded.model.spec.vocab_size, {"fp32": 4, "bf16": 2, "int8": 1}[kv]
+    # (outputs, inputs) of a layer: queries, keys and values, output, gate and up, down
+    layer = ((4 + 2 + 2) * 32, 64), (64, 4 * 32), (2 * 96, 64), (64, 96)
+    in_layers = 2 * sum(outputs * inputs for outputs, inputs in layer)
+    head = (vocabulary, 64)
+    layer_bytes, head_bytes = {
+        "fp32": (4 * in_layers, 4 * 64 * vocabulary),
+        "bf16": (2 * in_layers, 2 * 64 * vocabulary),
+        "int8": (
+            in_layers + 2 * scale_bytes(*layer, group=64, each=2),
+            64 * vocabulary + scale_bytes(head, group=64, each=2),
+        ),
+        "int4": (
+            in_layers // 2 + 2 * scale_bytes(*layer, group=32, each=4),
+            64 * vocabulary + scale_bytes(head, group=64, each=2),
+        ),
+    }[mode]
+    found = workload_of(loaded.model, PAGE_SIZE)
+    assert found == Workload(
+        layers=Matrices(in_layers, layer_bytes),
+        head=Matrices(vocabulary * 64, head_bytes),
+        arithmetic="int8" if mode == "int4" else mode,
+        kv_token_bytes=2 * 2 * 2 * (32 * kv_size + (4 if kv == "int8" else 0)),
+        attention_ops=2 * 4 * 32 * 4,
+        kv_arithmetic=kv,
     )
-    spec = ModelSpec(
-        name="tiny",
-        digest="00" * 16,
-        numerics="tiny",
-        vocab_size=100,
-        max_context=64,
-        eos_token_ids=frozenset(),
-        num_layers=3,
-        num_kv_heads=1,
-        head_dim=16,
-        weight_mode=mode,
-        kv_dtype=mode,
-        weight_bytes=1,
-    )
-    model = LlamaModel(config, cast(Any, None), spec)
-    assert workload_of(model, PAGE_SIZE) == Workload(
-        layer_weights=3 * (32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 80),
-        head_weights=100 * 32,
-        weight_size=size,
-        kv_token_bytes=3 * 2 * 16 * size,
-        attention_ops=3 * 2 * 16 * 4,
-    )
+    norms = (2 * 2 + 1) * 64 * 4
+    assert loaded.model.spec.weight_bytes == layer_bytes + head_bytes + norms
+
+
+def test_integer_modes_are_held_to_the_integer_peak() -> None:
+    found = [arithmetic_of(mode) for mode in ("fp32", "bf16", "int8", "int4")]
+    assert found == ["fp32", "bf16", "int8", "int8"]
 
 
 def span(name: str, service: str, start_ns: int, end_ns: int, **attributes: Any) -> SpanRecord:
@@ -172,29 +290,46 @@ def test_no_two_prompts_of_a_benchmark_share_a_page() -> None:
 
 
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "TRY_FOR_S", 0.0)
-    monkeypatch.setattr(cli, "measure_machine", lambda: measure_machine(read_bytes=1 << 22))
+    monkeypatch.setattr(cli, "measure_machine", lambda: measure_machine(1 << 22, seconds=0.0))
 
 
 def test_decode_prints_one_json_object_and_keeps_progress_out_of_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small_machine(monkeypatch)
-    flags = "decode --model hash --prompt 40 --tokens 12 --batch 1,3 --repeat 2 --json"
+    flags = "decode --model hash --context 40 --tokens 12 --batch 1,3 --repeat 2 --json"
     assert cli.main(flags.split()) == 0
     output = capsys.readouterr()
     result = json.loads(output.out)
     assert result.keys() == {"machine", "rows"}
-    assert result["machine"]["read_gbps"] > 0
-    assert result["machine"]["fp32_gflops"] > 0
-    assert result["machine"]["int8_gops"] is None
+    for name in ("cores", "read_gbps", "int8_gops", "fp32_gflops"):
+        assert result["machine"][name] > 0
+    assert "bf16_gflops" in result["machine"]
     assert [row["batch"] for row in result["rows"]] == [1, 3]
     for row in result["rows"]:
-        assert (row["model"], row["weights"], row["kv"]) == ("hash", "fp32", "fp32")
+        assert (row["model"], row["weights"], row["kv"]) == ("hash", "fp32", "bf16")
         assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["step_s"])
-        assert row["bytes_per_step"] > row["batch"] * 40 * 2 * 2 * 16 * 4
+        assert row["bytes_per_step"] > row["batch"] * 40 * 2 * 2 * 16 * 2
         assert 0 < row["limit_ratio"] < 1
-    assert "decode batch 3: 2/2" in output.err
+        assert 0 < row["outside_step"] < 1
+    assert "decode batch 3 context 40: 2/2" in output.err
+
+
+def test_a_tiny_model_has_a_share_of_the_limit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    small_machine(monkeypatch)
+    model = write_folder(tmp_path / "tiny")
+    flags = f"prefill --model {model} --weights fp32,bf16 --prompt 20,40 --repeat 1 --json"
+    assert cli.main(flags.split()) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["weights"], row["kv"], row["prompt"]) for row in rows] == [
+        ("fp32", "fp32", 20),
+        ("fp32", "fp32", 40),
+        ("bf16", "bf16", 20),
+        ("bf16", "bf16", 40),
+    ]
+    assert all(0 < row["limit_ratio"] < 1 for row in rows)
 
 
 def test_prefill_prints_a_table_for_people(
@@ -207,6 +342,25 @@ def test_prefill_prints_a_table_for_people(
     row = dict(zip(names.split(), values.split(), strict=True))
     assert row["prompt"] == "40"
     assert float(row["tokens_per_s"]) > 0
+
+
+def test_the_machine_is_shown_for_each_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = Machine("portable", replace(PEAKS, threads=2))
+    monkeypatch.setattr(cli, "measure_machine", lambda: small)
+    monkeypatch.setattr(
+        machine, "measure_peaks", lambda threads, seconds: replace(PEAKS, threads=threads)
+    )
+    assert cli.main(["machine", "--json"]) == 0
+    assert [row["cores"] for row in json.loads(capsys.readouterr().out)["rows"]] == [1, 2]
+
+
+def test_what_would_be_too_wide_for_a_terminal_is_laid_on_its_side() -> None:
+    row = {f"a rather long name {number}": number for number in range(12)}
+    lines = render_table({"cores": 2}, [row, row]).splitlines()
+    assert len(lines) == 13
+    assert lines[3].split() == ["a", "rather", "long", "name", "2", "2", "2"]
 
 
 def test_a_table_shows_what_was_not_measured_as_a_dash() -> None:

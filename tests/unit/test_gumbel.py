@@ -6,7 +6,7 @@ from decimal import Decimal, localcontext
 import numpy as np
 import pytest
 
-from engine.token_function.gumbel import (
+from kernels.sample.gumbel import (
     LUCKY,
     NEAR_ONE,
     UNLUCKY_BOUND,

@@ -18,14 +18,14 @@ from engine.model.hash_model import (
     HashTokenizer,
 )
 from engine.model.load import load_model
-from kernels.layout import key_view, kv_view, value_view
+from kernels.layout import key_view, kv_view, scale_views, value_view
 from tests.paged_run import PagedRun, Rows, all_logits
 
 TOKENS = list(b"any wrong, lost, doubled or stale page changes the text")
 PAGE_SIZE = 16
 
 
-@pytest.fixture(params=["fp32", "bf16"])
+@pytest.fixture(params=["fp32", "bf16", "int8"])
 def model(request: pytest.FixtureRequest) -> HashModel:
     return HashModel(request.param)
 
@@ -60,8 +60,8 @@ def test_every_byte_of_every_valid_token_matters(model: HashModel) -> None:
         page, offset = run.pages[0][position // PAGE_SIZE], position % PAGE_SIZE
         kv = kv_view(run.memory, run.layout)
         for layer in range(model.spec.num_layers):
-            key = key_view(kv, layer, run.layout)[page, 0, offset // 16, :, offset % 16]
-            value = value_view(kv, layer, run.layout)[page, 0, offset]
+            key = key_view(kv[:, layer], run.layout)[page, 0, offset // 16, :, offset % 16]
+            value = value_view(kv[:, layer], run.layout)[page, 0, offset]
             for row in (key, value):
                 for lane in range(0, model.spec.head_dim, 5):
                     start = (row.storage_offset() + lane * row.stride(0)) * item
@@ -70,7 +70,15 @@ def test_every_byte_of_every_valid_token_matters(model: HashModel) -> None:
                         assert not torch.equal(last_logits(run), honest)
                         run.memory.view(-1)[byte] ^= 1
                         checked += 1
-    assert checked == 6 * 2 * 2 * 4 * item
+            for scales in scale_views(kv[:, layer], run.layout):
+                for scale in scales[page, 0, offset : offset + 1]:
+                    kept = scale.clone()
+                    scale *= 1 + 2**-20
+                    assert not torch.equal(last_logits(run), honest)
+                    scale.copy_(kept)
+                    checked += 1
+    scales = 1 if run.layout.num_scales else 0
+    assert checked == 6 * 2 * 2 * (4 * item + scales)
     assert torch.equal(last_logits(run), honest)
 
 
@@ -81,8 +89,10 @@ def test_bytes_after_the_position_do_not_matter(model: HashModel) -> None:
     page, first = run.pages[0][-1], len(TOKENS) % PAGE_SIZE
     assert first > 0
     for layer in range(model.spec.num_layers):
-        key_view(kv, layer, run.layout)[page, 0, 0, :, first:] = 3
-        value_view(kv, layer, run.layout)[page, 0, first:] = 3
+        key_view(kv[:, layer], run.layout)[page, 0, 0, :, first:] = 3
+        value_view(kv[:, layer], run.layout)[page, 0, first:] = 3
+        for scales in scale_views(kv[:, layer], run.layout):
+            scales[page, 0, first:] = 3
     assert torch.equal(last_logits(run), honest)
 
 
@@ -108,17 +118,18 @@ def test_every_token_at_every_position_has_keys_and_values_of_its_own() -> None:
         for position, token in enumerate(tokens):
             page, offset = run.pages[0][position // PAGE_SIZE], position % PAGE_SIZE
             for layer in range(model.spec.num_layers):
-                key = key_view(kv, layer, run.layout)[page, 0, 0, :, offset]
-                value = value_view(kv, layer, run.layout)[page, 0, offset]
+                key = key_view(kv[:, layer], run.layout)[page, 0, 0, :, offset]
+                value = value_view(kv[:, layer], run.layout)[page, 0, offset]
                 seen |= {tuple(key.tolist()), tuple(value.tolist())}
             assert 0 <= token < VOCAB_SIZE
     rows = len(range(0, VOCAB_SIZE, 7)) * 64
     assert len(seen) == rows * model.spec.num_layers * 2
-    assert all(number in range(257) for row in seen for number in row)
+    assert all(number in range(-127, 128) for row in seen for number in row)
 
 
-def test_the_text_is_the_same_with_either_kv_dtype() -> None:
-    found = [all_logits(HashModel(kv), [TOKENS], chunks=(9,))[0] for kv in ("fp32", "bf16")]
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+def test_the_text_is_the_same_with_any_kv_dtype(kv: str) -> None:
+    found = [all_logits(HashModel(each), [TOKENS], chunks=(9,))[0] for each in ("fp32", kv)]
     assert torch.equal(*found)
 
 

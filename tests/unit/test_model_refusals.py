@@ -51,15 +51,15 @@ def test_a_name_that_cannot_be_a_path_is_refused(name: str) -> None:
         load_model(name)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4", "fp16", ""])
+@pytest.mark.parametrize("weights", ["int3", "fp8", "fp16", ""])
 def test_other_weight_modes_are_refused_with_the_allowed_ones(weights: str) -> None:
-    with pytest.raises(ModelError, match=f"'{weights}'.*fp32, bf16"):
+    with pytest.raises(ModelError, match=f"'{weights}'.*fp32, bf16, int8, int4"):
         load_model("hash", weights=weights)
 
 
-@pytest.mark.parametrize("kv", ["int8", "fp16", ""])
+@pytest.mark.parametrize("kv", ["int4", "fp16", ""])
 def test_other_kv_dtypes_are_refused_with_the_allowed_ones(kv: str) -> None:
-    with pytest.raises(ModelError, match=f"'{kv}'.*fp32, bf16"):
+    with pytest.raises(ModelError, match=f"'{kv}'.*fp32, bf16, int8"):
         load_model("hash", kv=kv)
 
 
@@ -77,14 +77,26 @@ def test_a_missing_package_is_refused_with_the_command_that_brings_it(
 # -- GGUF
 
 FIELDS = [
-    ("llama__rope__scaling__type", "yarn", "rope.scaling.type 'yarn'"),
-    ("llama__rope__scaling__factor", 4.0, "rope.scaling.factor 4.0"),
+    ("llama__rope__scaling__type", "longrope", "rope.scaling.type 'longrope'"),
+    ("llama__rope__scaling__type", [1], "rope.scaling.type [1]"),
+    ("llama__rope__scaling__type", "yarn", "rope.scaling.factor is None"),
+    ("llama__rope__scaling__factor", -4.0, "rope.scaling.factor is -4.0"),
+    ("llama__rope__scaling__factor", 1e9, "max_context is 256000000000"),
+    ("llama__rope__scaling__yarn_ext_factor", 0.5, "yarn_ext_factor 0.5"),
+    ("llama__rope__scaling__yarn_log_multiplier", 0.1, "yarn_log_multiplier"),
+    ("llama__rope__freq_base_swa", 5000.0, "freq_base_swa 5000.0"),
+    ("llama__rope__dimension_sections", [8, 8], "dimension_sections [8, 8]"),
+    ("llama__attention__sliding_window_pattern", 2, "sliding_window_pattern 2"),
+    ("llama__attention__sliding_window", [64], "sliding_window is [64]"),
+    ("llama__attention__causal", False, "attention.causal False"),
+    ("llama__attention__scale", 0.5, "attention.scale 0.5"),
+    ("llama__logit_scale", 0.5, "logit_scale 0.5"),
+    ("general__architecture", ["llama"], "['llama'] is not supported"),
     ("llama__rope__freq_base", "x", "freq_base is 'x'"),
     ("llama__rope__freq_base", float("nan"), "freq_base is nan"),
     ("llama__rope__freq_base", [1, 2], "freq_base is [1, 2]"),
     ("llama__rope__dimension_count", 8, "dimension_count 8"),
     ("llama__expert_count", 4, "expert_count 4"),
-    ("llama__attention__sliding_window", 64, "sliding_window 64"),
     ("llama__attention__value_length", 16, "value_length 16"),
     ("llama__attention__key_length", "x", "key_length is 'x'"),
     ("llama__attention__head_count", None, "head_count is None"),
@@ -92,13 +104,14 @@ FIELDS = [
     ("llama__attention__head_count_kv", 3, "4 heads are no multiple of 3"),
     ("llama__block_count", 3, "model.layers.2"),
     ("llama__block_count", 1, "model.layers.1"),
-    ("llama__block_count", 1 << 24, "num_layers is 16777216"),
+    ("llama__block_count", 1 << 24, "block_count is 16777216"),
     ("llama__context_length", 1 << 24, "max_context is 16777216"),
     ("llama__vocab_size", 77, "the tokenizer has 261 ids, the model 77"),
     ("llama__vocab_size", 300, "model.embed_tokens.weight has shape (261, 64), not (300, 64)"),
     ("tokenizer__ggml__model", "llama", "tokenizer model 'llama'"),
     ("tokenizer__ggml__pre", "default", "pre-tokenizer 'default'"),
     ("tokenizer__ggml__pre", None, "pre-tokenizer None"),
+    ("tokenizer__ggml__pre", ["gpt-2"], "pre-tokenizer ['gpt-2']"),
     ("tokenizer__ggml__tokens", None, "tokens is None"),
     ("tokenizer__ggml__tokens", "text", "tokens is 'text'"),
     ("tokenizer__ggml__tokens", [1, 2], "tokens is [1, 2]"),
@@ -126,7 +139,7 @@ def test_metadata_that_is_wrong_or_not_supported_is_named(
 
 def test_another_architecture_is_named(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "x.gguf", {}, {}, architecture="gemma3")
-    assert "'gemma3' is not supported; llama is" in refused(path)
+    assert "'gemma3' is not supported; llama, qwen2, qwen3 are" in refused(path)
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path: Path) -> None:
@@ -146,12 +159,32 @@ def turned(weights: dict[str, np.ndarray]) -> None:
     weights["blk.0.ffn_up.weight"] = np.ascontiguousarray(weights["blk.0.ffn_up.weight"].T)
 
 
-def with_bias(weights: dict[str, np.ndarray]) -> None:
+def with_one_bias(weights: dict[str, np.ndarray]) -> None:
     weights["blk.0.attn_q.bias"] = np.zeros(128, np.float32)
 
 
-def with_frequencies(weights: dict[str, np.ndarray]) -> None:
-    weights["rope_freqs.weight"] = np.ones(16, np.float32)
+def with_head_norms(weights: dict[str, np.ndarray]) -> None:
+    weights["blk.0.attn_q_norm.weight"] = np.ones(32, np.float32)
+
+
+def with_too_few_frequencies(weights: dict[str, np.ndarray]) -> None:
+    weights["rope_freqs.weight"] = np.ones(15, np.float32)
+
+
+def with_a_frequency_of_zero(weights: dict[str, np.ndarray]) -> None:
+    weights["rope_freqs.weight"] = np.arange(16, dtype=np.float32)
+
+
+def with_long_frequencies(weights: dict[str, np.ndarray]) -> None:
+    weights["rope_factors_long.weight"] = np.ones(16, np.float32)
+
+
+def with_another_spelling(weights: dict[str, np.ndarray]) -> None:
+    weights["blk.00.attn_q.weight"] = weights["blk.0.attn_q.weight"]
+
+
+def with_a_name_of_one_part(weights: dict[str, np.ndarray]) -> None:
+    weights["x"] = np.ones(3, np.float32)
 
 
 def with_nan(weights: dict[str, np.ndarray]) -> None:
@@ -165,10 +198,15 @@ def with_doubles(weights: dict[str, np.ndarray]) -> None:
 TENSORS = [
     (without, "model.layers.1.mlp.up_proj.weight is missing"),
     (turned, "model.layers.0.mlp.up_proj.weight has shape (64, 96), not (96, 64)"),
-    (with_bias, "model.layers.0.self_attn.q_proj.bias does not belong"),
-    (with_frequencies, "rope_freqs.weight"),
+    (with_one_bias, "model.layers.0.self_attn.k_proj.bias is missing"),
+    (with_head_norms, "model.layers.0.self_attn.q_norm.weight does not belong"),
+    (with_too_few_frequencies, "rope_freqs.weight has shape (15,), not (16,)"),
+    (with_a_frequency_of_zero, "rope_freqs.weight holds a factor"),
+    (with_long_frequencies, "'rope_factors_long.weight' does not belong"),
+    (with_another_spelling, "'blk.00.attn_q.weight' does not belong"),
+    (with_a_name_of_one_part, "'x' does not belong"),
     (with_nan, "model.layers.1.self_attn.k_proj.weight holds NaN"),
-    (with_doubles, "blk.0.attn_v.weight has type"),
+    (with_doubles, "blk.0.attn_v.weight has type F64"),
 ]
 
 
@@ -184,9 +222,10 @@ def test_tensors_that_do_not_fit_are_named(
 
 
 def test_a_type_that_is_not_supported_is_named_with_its_tensor(tmp_path: Path) -> None:
-    kind = gguf.GGMLQuantizationType.Q5_0
-    said = refused(write_gguf(tmp_path / "x.gguf", gguf_metadata(), gguf_weights(), kind))
-    assert re.search(r"tensor token_embd.weight has type .*; supported are F32, F16", said)
+    kind = gguf.GGMLQuantizationType.TQ2_0
+    weights = gguf_weights(hidden_size=256, head_dim=64, intermediate_size=256)
+    said = refused(write_gguf(tmp_path / "x.gguf", gguf_metadata(), weights, kind))
+    assert re.search(r"tensor token_embd.weight has type TQ2_0; supported are F32, F16", said)
 
 
 def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path, gguf_bytes: bytes) -> None:
@@ -262,12 +301,48 @@ def test_a_header_that_lies_is_refused_before_memory_is_taken(tmp_path: Path, li
 
 # -- Hugging Face folders
 
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0}
+QWEN2: dict[str, Any] = {"model_type": "qwen2", "architectures": None}
 CONFIGS = [
-    ({"model_type": "gemma"}, "'gemma' is not supported; llama is"),
+    ({"model_type": "gemma"}, "'gemma' is not supported; llama, mistral, qwen2, qwen3 are"),
+    ({"model_type": ["llama"]}, "['llama'] is not supported"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling 'llama3'"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
-    ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling 'yarn'"),
+    ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "rope scaling 'dynamic'"),
+    ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope scaling 'longrope'"),
+    ({"rope_scaling": {"type": ["yarn"]}}, "rope scaling ['yarn']"),
+    ({"rope_scaling": {"rope_type": "default", "mrope_section": [4]}}, "mrope_section"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "factor is None"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor is 0"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 1e12}}, "max_context is"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None"),
+    ({"rope_parameters": YARN | {"factor": "x"}}, "factor is 'x'"),
+    ({"rope_parameters": YARN | {"beta_slow": 33.0}}, "beta_fast 32.0 is below beta_slow 33.0"),
+    ({"rope_parameters": YARN | {"truncate": 1}}, "truncate is 1"),
+    ({"rope_parameters": YARN | {"long_factor": [1.0]}}, "long_factor of rope scaling 'yarn'"),
+    ({"rope_parameters": YARN, "rope_theta": 1.0}, "rope_theta is 1.0, not above 1"),
+    ({"rope_parameters": YARN, "rope_scaling": YARN | {"factor": 5.0}}, "rope_scaling differ"),
+    (
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 4.0,
+            }
+        },
+        "low_freq_factor 4.0 is not below high_freq_factor 4.0",
+    ),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+    ({"model_type": "mistral", "architectures": None, "attention_bias": True}, "attention_bias"),
+    ({"model_type": "mistral", "architectures": None, "sliding_window": 0}, "sliding_window is 0"),
+    (QWEN2 | {"attention_bias": False}, "attention_bias False"),
+    (QWEN2 | {"mlp_bias": True}, "mlp_bias True"),
+    (QWEN2 | {"use_sliding_window": 1}, "use_sliding_window is 1"),
+    (QWEN2 | {"max_window_layers": -1, "use_sliding_window": True}, "max_window_layers is -1"),
+    (QWEN2 | {"layer_types": ["full_attention"]}, "layer_types is not a list of 2"),
+    (QWEN2 | {"layer_types": ["full_attention", "linear"]}, "layer_types 'linear'"),
+    ({"model_type": "qwen3", "architectures": None, "head_dim": None}, "head_dim is None"),
     ({"rope_parameters": [1]}, "rope_parameters is [1]"),
     ({"rope_theta": "big"}, "rope_theta is 'big'"),
     ({"rope_theta": -1.0}, "rope_theta is -1.0"),
@@ -275,15 +350,16 @@ CONFIGS = [
     ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
     ({"sliding_window": 128}, "sliding_window 128"),
-    ({"attention_bias": True}, "attention_bias True"),
-    ({"mlp_bias": True}, "mlp_bias True"),
+    ({"attention_bias": True}, "model.layers.0.self_attn.q_proj.bias is missing"),
+    ({"attention_bias": "yes"}, "attention_bias is 'yes'"),
+    ({"mlp_bias": True}, "model.layers.0.mlp.gate_proj.bias is missing"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ({"head_dim": 24}, "head_dim 24"),
     ({"head_dim": "32"}, "head_dim is '32'"),
     ({"num_key_value_heads": 3}, "4 heads are no multiple of 3"),
     ({"num_hidden_layers": True}, "num_hidden_layers is True"),
-    ({"num_hidden_layers": 10**7}, "num_layers is 10000000"),
+    ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000"),
     ({"max_position_embeddings": 1 << 24}, "max_context is 16777216"),
     ({"vocab_size": 10**9}, "vocab_size is 1000000000"),
     ({"hidden_size": 128}, "model.embed_tokens.weight has shape (261, 64), not (261, 128)"),
@@ -348,6 +424,14 @@ def indexed(content: str) -> Mutation:
     return mutate
 
 
+def doubled(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    save_file({"model.norm.weight": tensors["model.norm.weight"]}, folder / "b.safetensors")
+    places = {"model.embed_tokens.weight": "a.safetensors", "model.norm.weight": "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
 def stored(name: str, tensor: torch.Tensor | None) -> Mutation:
     def mutate(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
@@ -396,6 +480,15 @@ FOLDERS: dict[str, tuple[Mutation, str]] = {
         indexed('{"weight_map": {"x": "b.safetensors"}}'),
         "b.safetensors is not a readable",
     ),
+    "index that names a tensor twice": (
+        indexed('{"weight_map": {"x": "a.safetensors", "x": "a.safetensors"}}'),
+        "model.safetensors.index.json is not JSON ('x' is there twice)",
+    ),
+    "index of an absolute path": (
+        indexed('{"weight_map": {"x": "/a.safetensors"}}'),
+        "'/a.safetensors', no safetensors file of the folder",
+    ),
+    "tensor in two shards": (doubled, "tensor model.norm.weight is in two files"),
     "index of a tensor that is not there": (
         indexed('{"weight_map": {"x": "a.safetensors"}}'),
         "a.safetensors lacks tensor x",

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.token_function.philox import philox4x32, token_words
+from kernels.sample.philox import philox4x32, token_words
 
 KNOWN_ANSWERS = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000",

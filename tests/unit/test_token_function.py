@@ -11,10 +11,11 @@ import pytest
 from engine.errors import EngineFault, InvalidRequest
 from engine.sampling_params import SamplingParams
 from engine.token_function import TokenFunction
-from engine.token_function.filters import masses
-from engine.token_function.gumbel import gumbel
-from engine.token_function.penalties import Penalties
-from engine.token_function.philox import token_words
+from engine.token_function.rules import rule_of
+from kernels.sample.filters import masses
+from kernels.sample.gumbel import gumbel
+from kernels.sample.penalties import penalize
+from kernels.sample.philox import token_words
 
 VECTORS = Path(__file__).parent / "vectors"
 ONE_ULP = 2**-22  # of logprobs, whose exponentials come from the machine's libraries
@@ -124,8 +125,8 @@ def test_penalized_logits_equal_the_independent_ones_bit_for_bit(independent):
     logits = generator.normal(0, 5, 200).astype(np.float32)
     prompt_ids, output_ids = generator.integers(0, 200, (2, 150)).tolist()
     expected = independent["adjust"](logits.tolist(), asked, prompt_ids, output_ids)
-    Penalties(SamplingParams(**asked), prompt_ids).apply(logits, output_ids)
-    assert logits.tolist() == expected
+    rule = rule_of(SamplingParams(**asked), 0, 0, prompt_ids, (), 200)
+    assert penalize(logits, rule, output_ids).tolist() == expected
 
 
 def test_masses_equal_the_independent_ones_bit_for_bit(independent):

@@ -1,6 +1,6 @@
 """Makes the token function's test vectors: ``python make_token_vectors.py``.
 
-A second implementation of what ``engine.token_function`` defines, in plain Python: integers,
+A second implementation of what ``kernels.sample`` defines, in plain Python: integers,
 ``decimal`` for logarithms, and floats rounded to fp32 by ``struct`` after every operation. Sums,
 products and quotients of two fp32 numbers may be computed in fp64 first: rounding twice gives what
 rounding once gives (Figueroa, "When is double rounding innocuous?", 1995). It shares nothing with

@@ -25,8 +25,6 @@ exponential in fp32, each operation rounded by itself, after ``expf`` of Cephes 
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,9 +48,9 @@ _LN2_LOW = np.float32(-2.12194440e-4)
 _NO_MASS_BELOW = np.float32(-23)
 
 
-def min_p_border(logits: Fp32, min_p: float) -> np.float32:
-    """The lowest logit that ``min_p`` (above 0 to 1) keeps; ``logits`` ``[num_ids]``."""
-    border: np.float32 = logits.max() + np.float32(math.log(min_p))
+def min_p_border(logits: Fp32, log_min_p: float) -> np.float32:
+    """The lowest logit that ``min_p`` of this logarithm keeps; ``logits`` ``[num_ids]``."""
+    border: np.float32 = logits.max() + np.float32(log_min_p)
     return border
 
 

@@ -1,0 +1,232 @@
+// Packed matrices, the product with one, and the decoder as a whole.
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "arguments.h"
+#include "bindings.h"
+#include "decoder.h"
+
+namespace quire {
+namespace {
+
+template <size_t Count>
+int index_of(const char* name, const std::string& value,
+             const std::array<const char*, Count>& names) {
+    for (size_t i = 0; i < Count; ++i)
+        if (value == names[i]) return int(i);
+    std::string allowed;
+    for (const char* each : names) allowed += (allowed.empty() ? "" : ", ") + std::string(each);
+    refuse(name, "be one of " + allowed + ", not " + value);
+}
+
+// A matrix and the memory it stands in.
+struct HeldMatrix {
+    Array data;
+    Matrix matrix;
+};
+
+int64_t tile_bytes(const Matrix& w) {
+    const int64_t weights = w.inputs * kTileOutputs;
+    if (w.format == WeightFormat::f32) return 4 * weights;
+    if (w.format == WeightFormat::bf16) return 2 * weights;
+    const int64_t per_group = w.offsets == Offsets::none ? 64 : 128;
+    return w.inputs / w.group * per_group + (w.format == WeightFormat::int8 ? 1 : 0.5) * weights;
+}
+
+HeldMatrix make_matrix(const std::string& format, const std::string& reads,
+                       const std::string& offsets, bool bf16_scales, bool rotated, int64_t outputs,
+                       int64_t width, int64_t inputs, int64_t group, Array data) {
+    Matrix w{};
+    w.format = WeightFormat(index_of<4>("format", format, {"f32", "bf16", "int8", "int4"}));
+    w.reads = InputFormat(index_of<4>("reads", reads, {"f32", "bf16", "int8", "int16"}));
+    w.offsets = Offsets(index_of<3>("offsets", offsets, {"none", "zeros", "minimums"}));
+    const bool integers = w.format >= WeightFormat::int8;
+    if (integers != (w.reads >= InputFormat::int8) ||
+        (!integers && int(w.reads) != int(w.format)))
+        refuse("reads", "fit the format");
+    if (group != 32 && group != 64 && group != 128) refuse("group", "be 32, 64 or 128");
+    if (outputs < 1) refuse("outputs", "be at least 1");
+    if (width < 1 || width > inputs) refuse("width", "be in 1..inputs");
+    if (inputs % group || inputs % kRotation) refuse("inputs", "be whole groups and blocks of 64");
+    w.bf16_scales = bf16_scales;
+    w.rotated = rotated;
+    w.outputs = outputs;
+    w.width = width;
+    w.inputs = inputs;
+    w.group = group;
+    w.tiles = ceil_div(outputs, kTileOutputs);
+    w.tile_bytes = tile_bytes(w);
+    w.data = quire::data<uint8_t>(data, "data", {w.tiles, w.tile_bytes});
+    return {data, w};
+}
+
+void linear(Array x, const HeldMatrix& weight, std::optional<Array> bias, Array out) {
+    const Matrix& w = weight.matrix;
+    const int64_t rows = size(x, "x", 2, 0);
+    InputBuffer buffer;
+    const PackRows pack{data<float>(x, "x", {rows, w.width}), nullptr, nullptr, 0.0f, w.width,
+                        buffer.of(w, rows)};
+    const Linear args{w, pack.out, bias ? data<float>(*bias, "bias", {w.outputs}) : nullptr,
+                      data<float>(out, "out", {rows, w.outputs}), false, rows, w.outputs, 48, 1};
+    run(current_isa().kernels->pack_rows, pack, rows);
+    run(current_isa().kernels->linear, args, ceil_div(rows, 48) * w.tiles);
+}
+
+void embedding(Array token_ids, const HeldMatrix& table, Array out) {
+    const Matrix& w = table.matrix;
+    const int64_t rows = size(token_ids, "token_ids", 1, 0);
+    const auto* ids = data<int64_t>(token_ids, "token_ids", {rows});
+    for (int64_t row = 0; row < rows; ++row) check_index("token_ids", ids[row], w.outputs);
+    Buffer scratch;
+    const Embedding args{w, ids, data<float>(out, "out", {rows, w.width}),
+                         scratch.of<float>(rows * w.inputs), w.width};
+    run(current_isa().kernels->embedding, args, rows);
+}
+
+const float* vector_of(nb::handle owner, const char* name, int64_t length) {
+    const nb::object value = owner.attr(name);
+    return value.is_none() ? nullptr : data<float>(nb::cast<Array>(value), name, {length});
+}
+
+Matrix matrix_of(nb::handle owner, const char* name, int64_t outputs, int64_t width) {
+    const Matrix& w = nb::cast<const HeldMatrix&>(owner.attr(name)).matrix;
+    if (w.outputs != outputs) refuse(name, "have " + std::to_string(outputs) + " outputs");
+    if (w.width != width) refuse(name, "have " + std::to_string(width) + " inputs");
+    return w;
+}
+
+// The decoder and the Python object whose arrays it reads.
+class HeldDecoder {
+public:
+    explicit HeldDecoder(nb::object weights)
+        : owner_(weights), shape_(shape_of(weights)), weights_(weights_of(weights)),
+          decoder_(shape_, weights_) {}
+
+    void forward(Array token_ids, Array positions, Array query_starts, Array page_tables, Array kv,
+                 const std::string& kv_dtype, int64_t page_size, Array logit_rows,
+                 std::optional<Array> logits, Array best_ids) {
+        const int64_t rows = size(token_ids, "token_ids", 1, 0);
+        const int64_t sequences = size(page_tables, "page_tables", 2, 0);
+        const int64_t max_pages = size(page_tables, "page_tables", 2, 1);
+        const int64_t wanted = size(logit_rows, "logit_rows", 1, 0);
+        DecoderStep step{};
+        step.rows = {data<int64_t>(positions, "positions", {rows}),
+                     data<int64_t>(query_starts, "query_starts", {sequences + 1}),
+                     data<int32_t>(page_tables, "page_tables", {sequences, max_pages}),
+                     rows, sequences, max_pages};
+        step.token_ids = data<int64_t>(token_ids, "token_ids", {rows});
+        step.pages = pages_of(kv, 0, kv_dtype, page_size, shape_.head_dim);
+        if (step.pages.kv_heads != shape_.kv_heads || kv.shape(1) != weights_.layers.size())
+            refuse("kv", "have the model's layers and KV heads");
+        step.layer_bytes = step.pages.kv_heads * step.pages.head_bytes;
+        step.num_pages = kv.shape(0);
+        step.logit_rows = wanted;
+        step.wanted = data<int64_t>(logit_rows, "logit_rows", {wanted});
+        step.best_ids = data<int32_t>(best_ids, "best_ids", {wanted});
+        if (logits)
+            step.logits = data<float>(*logits, "logits", {wanted, weights_.head.outputs});
+        check(step);
+        nb::gil_scoped_release released;
+        decoder_.run(step);
+    }
+
+private:
+    void check(const DecoderStep& step) const {
+        for (int64_t row = 0; row < step.rows.rows; ++row) {
+            check_index("token_ids", step.token_ids[row], weights_.embedding.outputs);
+            check_index("positions", step.rows.positions[row], max_positions_);
+        }
+        for (int64_t i = 0; i < step.logit_rows; ++i)
+            check_index("logit_rows", step.wanted[i], step.rows.rows);
+    }
+
+    DecoderShape shape_of(nb::handle w) {
+        DecoderShape shape{};
+        auto number = [&](const char* name) { return nb::cast<int64_t>(w.attr(name)); };
+        shape.width = number("width");
+        shape.query_heads = number("num_heads");
+        shape.kv_heads = number("num_kv_heads");
+        shape.head_dim = number("head_dim");
+        shape.norm_eps = nb::cast<float>(w.attr("norm_eps"));
+        shape.attention_scale = nb::cast<float>(w.attr("attention_scale"));
+        if (shape.head_dim < 16 || shape.head_dim % 16 || shape.head_dim > 256)
+            refuse("head_dim", "be a multiple of 16, at most 256");
+        if (shape.kv_heads < 1 || shape.query_heads % shape.kv_heads)
+            refuse("num_heads", "be a multiple of num_kv_heads");
+        return shape;
+    }
+
+    DecoderWeights weights_of(nb::handle w) {
+        DecoderWeights out{};
+        const Array cos = nb::cast<Array>(w.attr("cos"));
+        max_positions_ = size(cos, "cos", 2, 0);
+        const int64_t half = shape_.head_dim / 2;
+        out.cos = data<float>(cos, "cos", {max_positions_, half});
+        out.sin = data<float>(nb::cast<Array>(w.attr("sin")), "sin", {max_positions_, half});
+        out.norm = vector_of(w, "norm", shape_.width);
+        const auto& table = nb::cast<const HeldMatrix&>(w.attr("embedding")).matrix;
+        out.embedding = matrix_of(w, "embedding", table.outputs, shape_.width);
+        const auto& head = nb::cast<const HeldMatrix&>(w.attr("head")).matrix;
+        out.head = matrix_of(w, "head", head.outputs, shape_.width);
+        for (nb::handle layer : w.attr("layers")) out.layers.push_back(layer_of(layer));
+        return out;
+    }
+
+    DecoderLayer layer_of(nb::handle w) const {
+        const int64_t dim = shape_.head_dim, padded = round_up(dim, kTileOutputs);
+        const int64_t heads = shape_.query_heads + 2 * shape_.kv_heads;
+        const int64_t attended = shape_.query_heads * dim;
+        DecoderLayer out{};
+        out.attention_norm = vector_of(w, "attention_norm", shape_.width);
+        out.mlp_norm = vector_of(w, "mlp_norm", shape_.width);
+        out.q_norm = vector_of(w, "q_norm", dim);
+        out.k_norm = vector_of(w, "k_norm", dim);
+        out.qkv = matrix_of(w, "qkv", heads * padded, shape_.width);
+        out.out = matrix_of(w, "out", shape_.width, attended);
+        const auto& gate_up = nb::cast<const HeldMatrix&>(w.attr("gate_up")).matrix;
+        if (gate_up.outputs % (2 * GateUp::kBlock)) refuse("gate_up", "have whole blocks as outputs");
+        out.gate_up = matrix_of(w, "gate_up", gate_up.outputs, shape_.width);
+        const auto& down = nb::cast<const HeldMatrix&>(w.attr("down")).matrix;
+        if (round_up(down.inputs, GateUp::kBlock) != gate_up.outputs / 2)
+            refuse("down", "have gate_up's blocks as inputs");
+        out.down = matrix_of(w, "down", shape_.width, down.width);
+        out.qkv_bias = vector_of(w, "qkv_bias", heads * dim);
+        out.out_bias = vector_of(w, "out_bias", shape_.width);
+        out.gate_up_bias = vector_of(w, "gate_up_bias", gate_up.outputs);
+        out.down_bias = vector_of(w, "down_bias", shape_.width);
+        const nb::object window = w.attr("window");
+        out.window = window.is_none() ? 0 : nb::cast<int64_t>(window);
+        return out;
+    }
+
+    nb::object owner_;
+    int64_t max_positions_ = 0;
+    DecoderShape shape_;
+    DecoderWeights weights_;
+    Decoder decoder_;
+};
+
+}  // namespace
+
+void bind_decoder(nb::module_& m) {
+    using namespace nb::literals;
+    nb::class_<HeldMatrix>(m, "Matrix")
+        .def_prop_ro("outputs", [](const HeldMatrix& w) { return w.matrix.outputs; });
+    m.def("make_matrix", make_matrix, "format"_a, "reads"_a, "offsets"_a, "bf16_scales"_a,
+          "rotated"_a, "outputs"_a, "width"_a, "inputs"_a, "group"_a, "data"_a);
+    m.def("linear", linear, "x"_a, "weight"_a, "bias"_a.none(), "out"_a);
+    m.def("embedding", embedding, "token_ids"_a, "table"_a, "out"_a);
+    nb::class_<HeldDecoder>(m, "Decoder")
+        .def(nb::init<nb::object>(), "weights"_a)
+        .def("forward", &HeldDecoder::forward, "token_ids"_a, "positions"_a, "query_starts"_a,
+             "page_tables"_a, "kv"_a, "kv_dtype"_a, "page_size"_a, "logit_rows"_a, "logits"_a.none(),
+             "best_ids"_a);
+}
+
+}  // namespace quire

@@ -1,0 +1,214 @@
+// Products of a few rows with one tile of 32 outputs. How many rows share a pass over the weights
+// changes no bit: every output has its own sums. Integers add up exactly within a group; groups are
+// then added in fp32, in ascending order.
+#include <utility>
+
+#include "kernels.h"
+
+namespace quire::QUIRE_ISA {
+
+namespace {
+
+// Rows by a few bases and strides, so that every one is an address the processor forms by itself.
+template <int Rows>
+struct RowPointers {
+    const uint8_t* base[(Rows + 3) / 4];
+    int64_t stride, stride3;
+    RowPointers(const InputRows& x, int64_t row) : stride(x.row_bytes), stride3(3 * x.row_bytes) {
+        for (int i = 0; i < (Rows + 3) / 4; ++i) base[i] = x.values + (row + 4 * i) * x.row_bytes;
+    }
+    const uint8_t* operator[](int r) const {
+        return base[r / 4] + (r % 4 == 3 ? stride3 : r % 4 * stride);
+    }
+    void advance(int64_t bytes) {
+        for (auto& each : base) each += bytes;
+    }
+};
+
+template <int Rows>
+QUIRE_INLINE void put(const F16 (&sum)[Rows][2], float* out, int64_t stride) {
+    for (int r = 0; r < Rows; ++r)
+        for (int c = 0; c < 2; ++c) store(out + r * stride + 16 * c, sum[r][c]);
+}
+
+template <int Rows>
+QUIRE_INLINE void clear(F16 (&sum)[Rows][2]) {
+    for (int r = 0; r < Rows; ++r)
+        for (int c = 0; c < 2; ++c) sum[r][c] = broadcast(0.0f);
+}
+
+template <int Rows>
+void multiply_f32(const Matrix& w, const uint8_t* tile, const InputRows& x, int64_t row, float* out,
+                  int64_t stride) {
+    RowPointers<Rows> rows(x, row);
+    auto weights = reinterpret_cast<const float*>(tile);
+    F16 sum[Rows][2];
+    clear(sum);
+    for (int64_t k = 0; k < w.inputs; ++k, weights += 32) {
+        const F16 w0 = load(weights), w1 = load(weights + 16);
+        for (int r = 0; r < Rows; ++r) {
+            const F16 a = broadcast(*reinterpret_cast<const float*>(rows[r]));
+            sum[r][0] = fma(a, w0, sum[r][0]);
+            sum[r][1] = fma(a, w1, sum[r][1]);
+        }
+        rows.advance(4);
+    }
+    put(sum, out, stride);
+}
+
+template <int Rows>
+void multiply_bf16(const Matrix& w, const uint8_t* tile, const InputRows& x, int64_t row,
+                   float* out, int64_t stride) {
+    RowPointers<Rows> rows(x, row);
+    auto weights = reinterpret_cast<const bf16*>(tile);
+    F16 sum[Rows][2];
+    clear(sum);
+    for (int64_t k = 0; k < w.inputs; k += 2, weights += 64) {
+        const Pairs w0 = load_pairs(weights), w1 = load_pairs(weights + 32);
+        for (int r = 0; r < Rows; ++r) {
+            const Pairs a = broadcast_pair(reinterpret_cast<const bf16*>(rows[r]));
+            sum[r][0] = dot(sum[r][0], w0, a);
+            sum[r][1] = dot(sum[r][1], w1, a);
+        }
+        rows.advance(4);
+    }
+    put(sum, out, stride);
+}
+
+QUIRE_INLINE F16 load_scales(const uint8_t* p, bool as_bf16) {
+    return as_bf16 ? load(reinterpret_cast<const bf16*>(p))
+                   : load_half(reinterpret_cast<const uint16_t*>(p));
+}
+
+// Sums of one group: [rows][planes][2] of 16 outputs. Sixteen inputs of every row at a time.
+template <int Rows, int Planes, bool Nibbles>
+QUIRE_INLINE const uint8_t* sum_group(const uint8_t* weights, int64_t group,
+                                      RowPointers<Rows>& rows, I16 (&sum)[Rows][Planes][2]) {
+    auto add = [&](Weights w0, Weights w1, int four) __attribute__((always_inline)) {
+        for (int r = 0; r < Rows; ++r)
+            for (int p = 0; p < Planes; ++p) {
+                const Inputs a = broadcast_inputs(
+                    reinterpret_cast<const int8_t*>(rows[r] + 4 * (four * Planes + p)));
+                sum[r][p][0] = dot(sum[r][p][0], w0, a);
+                sum[r][p][1] = dot(sum[r][p][1], w1, a);
+            }
+    };
+    constexpr int kFours = 4, kLoads = Nibbles ? kFours / 2 : kFours;
+    for (int64_t k = 0; k < group; k += 4 * kFours) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kLoads; ++i) {
+            const Weights w0 = load_weights(weights), w1 = load_weights(weights + 64);
+            if constexpr (Nibbles) {
+                add(low_nibbles(w0), low_nibbles(w1), 2 * i);
+                add(high_nibbles(w0), high_nibbles(w1), 2 * i + 1);
+            } else {
+                add(w0, w1, i);
+            }
+            weights += 128;
+        }
+        rows.advance(4 * kFours * Planes);
+    }
+    return weights;
+}
+
+template <int Rows, int Planes, bool Nibbles>
+void multiply_integers(const Matrix& w, const uint8_t* tile, const InputRows& x, int64_t row,
+                       float* out, int64_t stride) {
+    constexpr int kZeroBits = Nibbles ? 3 : 7;  // 8 or 128 stands for 0
+    RowPointers<Rows> rows(x, row);
+    const int64_t groups = w.inputs / w.group;
+    const float* scales = x.scales + row * groups;
+    const int32_t* sums = x.sums + row * groups;
+    F16 total[Rows][2];
+    clear(total);
+    for (int64_t g = 0; g < groups; ++g) {
+        F16 scale[2], offset[2];
+        for (int c = 0; c < 2; ++c) scale[c] = load_scales(tile + 32 * c, w.bf16_scales);
+        tile += 64;
+        if (w.offsets != Offsets::none) {
+            for (int c = 0; c < 2; ++c) offset[c] = load_scales(tile + 32 * c, w.bf16_scales);
+            tile += 64;
+        }
+        I16 sum[Rows][Planes][2];
+        for (int r = 0; r < Rows; ++r) {
+            const int32_t zero = w.offsets == Offsets::none
+                                     ? -int32_t(uint32_t(sums[r * groups + g]) << kZeroBits)
+                                     : 0;
+            for (int c = 0; c < 2; ++c) {
+                sum[r][Planes - 1][c] = broadcast_int(zero);
+                if constexpr (Planes == 2) sum[r][0][c] = broadcast_int(0);
+            }
+        }
+        tile = sum_group<Rows, Planes, Nibbles>(tile, w.group, rows, sum);
+        if (w.offsets == Offsets::zeros)
+            for (int c = 0; c < 2; ++c) offset[c] = broadcast(0.0f) - offset[c] * scale[c];
+        for (int r = 0; r < Rows; ++r) {
+            const float s = scales[r * groups + g];
+            for (int c = 0; c < 2; ++c) {
+                I16 all = sum[r][Planes - 1][c];
+                if constexpr (Planes == 2) all = all + shift_left<8>(sum[r][0][c]);
+                total[r][c] = fma(to_float(all), scale[c] * broadcast(s), total[r][c]);
+                if (w.offsets != Offsets::none)
+                    total[r][c] = fma(offset[c], broadcast(s * float(sums[r * groups + g])),
+                                      total[r][c]);
+            }
+        }
+    }
+    put(total, out, stride);
+}
+
+using Multiply = void (*)(const Matrix&, const uint8_t*, const InputRows&, int64_t, float*,
+                          int64_t);
+
+// The functions for 1, 2, ... rows.
+template <template <int> class Function, int... Rows>
+constexpr void fill(Multiply* table, std::integer_sequence<int, Rows...>) {
+    ((table[Rows] = Function<Rows + 1>::value), ...);
+}
+
+template <template <int> class Function, int Count>
+struct Table {
+    Multiply rows[Count];
+    constexpr Table() : rows{} { fill<Function>(rows, std::make_integer_sequence<int, Count>{}); }
+};
+
+template <int Rows> struct F32Rows { static constexpr Multiply value = multiply_f32<Rows>; };
+template <int Rows> struct Bf16Rows { static constexpr Multiply value = multiply_bf16<Rows>; };
+template <int Rows> struct Int8Rows {
+    static constexpr Multiply value = multiply_integers<Rows, 1, false>;
+};
+template <int Rows> struct Int8WideRows {
+    static constexpr Multiply value = multiply_integers<Rows, 2, false>;
+};
+template <int Rows> struct Int4Rows {
+    static constexpr Multiply value = multiply_integers<Rows, 1, true>;
+};
+template <int Rows> struct Int4WideRows {
+    static constexpr Multiply value = multiply_integers<Rows, 2, true>;
+};
+
+constexpr Table<F32Rows, kTileRows> kF32;
+constexpr Table<Bf16Rows, kTileRows> kBf16;
+constexpr Table<Int8Rows, kTileRows> kInt8;
+constexpr Table<Int8WideRows, kTileRows16> kInt8Wide;
+constexpr Table<Int4Rows, kTileRows> kInt4;
+constexpr Table<Int4WideRows, kTileRows16> kInt4Wide;
+
+const Multiply* functions(const Matrix& w, const InputRows& x) {
+    const bool wide = x.format == InputFormat::int16;
+    switch (w.format) {
+        case WeightFormat::f32: return kF32.rows;
+        case WeightFormat::bf16: return kBf16.rows;
+        case WeightFormat::int8: return wide ? kInt8Wide.rows : kInt8.rows;
+        default: return wide ? kInt4Wide.rows : kInt4.rows;
+    }
+}
+
+}  // namespace
+
+void multiply(const Matrix& w, int64_t tile, const InputRows& x, int64_t row, int64_t rows,
+              float* out, int64_t stride) {
+    functions(w, x)[rows - 1](w, w.data + tile * w.tile_bytes, x, row, out, stride);
+}
+
+}  // namespace quire::QUIRE_ISA

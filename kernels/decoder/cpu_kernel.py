@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from kernels import _native
+from kernels.decoder import Decoder, DecoderWeights
+from kernels.layout import PageLayout
+from kernels.packed_matrix import PackedMatrix
+from kernels.ragged import RaggedBatch
+
+
+def decoder(weights: DecoderWeights) -> Decoder:
+    return NativeDecoder(weights)
+
+
+class NativeDecoder:
+    def __init__(self, weights: DecoderWeights) -> None:
+        self._vocab_size = weights.head.outputs
+        native = _native_form(weights)
+        native.layers = [_native_form(layer) for layer in weights.layers]
+        native.width = weights.width
+        self._decoder = _native.Decoder(native)
+
+    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+        logits = None
+        if not batch.best_only:
+            logits = torch.empty(len(batch.logit_rows), self._vocab_size)
+        best = torch.empty(len(batch.logit_rows), dtype=torch.int32)
+        self._decoder.forward(
+            batch.token_ids,
+            batch.positions,
+            batch.query_starts,
+            batch.page_tables,
+            kv,
+            layout.kv_dtype,
+            layout.page_size,
+            batch.logit_rows,
+            logits,
+            best,
+        )
+        return best if logits is None else logits
+
+
+def _native_form(part: Any) -> SimpleNamespace:
+    """A dataclass's fields, packed matrices as the native kernels take them."""
+    values = {field.name: getattr(part, field.name) for field in fields(part)}
+    return SimpleNamespace(
+        **{
+            name: value.native if isinstance(value, PackedMatrix) else value
+            for name, value in values.items()
+        }
+    )

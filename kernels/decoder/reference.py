@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import torch
+
+from kernels.decoder import FEED_FORWARD_BLOCK, Decoder, DecoderLayer, DecoderWeights
+from kernels.embedding.reference import embedding
+from kernels.kv_write.reference import kv_write
+from kernels.layout import PageLayout
+from kernels.linear.reference import linear
+from kernels.paged_attention.reference import paged_attention
+from kernels.ragged import RaggedBatch, best_ids, row_slots
+from kernels.rms_norm.reference import rms_norm
+from kernels.rope.reference import rope
+from kernels.silu_mul.reference import silu_mul
+
+
+def decoder(weights: DecoderWeights) -> Decoder:
+    return ReferenceDecoder(weights)
+
+
+class ReferenceDecoder:
+    def __init__(self, weights: DecoderWeights) -> None:
+        self._weights = weights
+
+    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+        weights, step = self._weights, _Step(batch, kv, layout)
+        hidden = embedding(batch.token_ids, weights.embedding)  # [T, H]
+        for index, layer in enumerate(weights.layers):
+            hidden = hidden + self._attention(index, layer, hidden, step)
+            hidden = hidden + self._mlp(layer, hidden)
+        rows = rms_norm(hidden[batch.logit_rows], weights.norm, weights.norm_eps)
+        logits = linear(rows, weights.head)
+        return best_ids(logits) if batch.best_only else logits
+
+    def _attention(
+        self, index: int, layer: DecoderLayer, hidden: torch.Tensor, step: _Step
+    ) -> torch.Tensor:
+        weights = self._weights
+        rows = rms_norm(hidden, layer.attention_norm, weights.norm_eps)
+        heads = linear(rows, layer.qkv).view(len(rows), -1, weights.padded_head_dim)
+        heads = heads[:, :, : weights.head_dim]
+        if layer.qkv_bias is not None:
+            heads = heads + layer.qkv_bias.view(1, -1, weights.head_dim)
+        k_start, v_start = weights.num_heads, weights.num_heads + weights.num_kv_heads
+        q, k, v = heads[:, :k_start], heads[:, k_start:v_start], heads[:, v_start:]
+        q = self._placed(q, layer.q_norm, step)  # [T, Hq, head_dim]
+        k = self._placed(k, layer.k_norm, step)  # [T, Hkv, head_dim]
+        kv_write(k, v.contiguous(), step.kv, index, step.pages, step.offsets, step.layout)
+        attended = paged_attention(
+            q,
+            step.kv,
+            index,
+            step.batch,
+            step.layout,
+            weights.attention_scale,
+            window=layer.window,
+        )
+        return linear(attended.flatten(1), layer.out, layer.out_bias)
+
+    def _placed(self, heads: torch.Tensor, norm: torch.Tensor | None, step: _Step) -> torch.Tensor:
+        """Heads [T, N, head_dim] normalised, if the model does so, and rotated by position."""
+        if norm is not None:
+            rows = heads.reshape(-1, self._weights.head_dim)
+            heads = rms_norm(rows, norm, self._weights.norm_eps).view(heads.shape)
+        return rope(heads, step.batch.positions, self._weights.cos, self._weights.sin)
+
+    def _mlp(self, layer: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
+        rows = rms_norm(hidden, layer.mlp_norm, self._weights.norm_eps)
+        both = linear(rows, layer.gate_up, layer.gate_up_bias)
+        both = both.view(len(rows), -1, 2, FEED_FORWARD_BLOCK)
+        gate, up = both[:, :, 0].flatten(1), both[:, :, 1].flatten(1)
+        inner = silu_mul(gate.contiguous(), up.contiguous())[:, : layer.down.inputs]
+        return linear(inner.contiguous(), layer.down, layer.down_bias)
+
+
+class _Step:
+    """What every layer of one forward needs besides the rows."""
+
+    def __init__(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> None:
+        self.batch = batch
+        self.kv = kv
+        self.layout = layout
+        self.pages, self.offsets = row_slots(batch, layout.page_size)

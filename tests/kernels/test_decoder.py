@@ -1,0 +1,269 @@
+"""The decoder as one program against the composition of the reference ops, and against itself."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kernels import _native, threads
+from kernels.decoder import DecoderLayer, DecoderWeights, decoder, gate_up_rows, qkv_rows
+from kernels.decoder.cpu_kernel import decoder as native_decoder
+from kernels.decoder.reference import decoder as reference_decoder
+from kernels.layout import PageLayout
+from kernels.packed_matrix import (
+    PackedMatrix,
+    pack_floats,
+    pack_quantized,
+    pack_rotated_int8,
+    quantize_int4,
+)
+from kernels.quantized import QuantizedMatrix
+from kernels.ragged import RaggedBatch, best_ids
+from kernels.rope import rope_tables
+from tests.kernels.bits import same_bits
+from tests.paged_run import PagedRun, Rows, ragged
+
+VOCABULARY = 90
+TOKENS = [(7 * i * i + 3 * i) % VOCABULARY for i in range(300)]
+
+
+def _int4(weight: torch.Tensor) -> PackedMatrix:
+    inputs = weight.shape[1]
+    padded = torch.nn.functional.pad(weight, (0, -inputs % 32))
+    return pack_quantized(quantize_int4(padded), inputs)
+
+
+def _int4_of_128(weight: torch.Tensor) -> PackedMatrix:
+    groups = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 128)).unflatten(1, (-1, 128))
+    scales = (groups.abs().amax(dim=2) / 7).half().float()
+    safe = torch.where(scales == 0, 1.0, scales).unsqueeze(2)
+    values = ((groups / safe).round().clamp(-8, 7) + 8).to(torch.uint8).flatten(1)
+    matrix = QuantizedMatrix(4, 128, values, scales, zeros=torch.full_like(scales, 8))
+    return pack_quantized(matrix, weight.shape[1])
+
+
+PACKERS = {
+    "fp32": lambda weight: pack_floats(weight, torch.float32),
+    "bf16": lambda weight: pack_floats(weight, torch.bfloat16),
+    "int8": pack_rotated_int8,
+    "int4": _int4,
+    "int4-128": _int4_of_128,
+}
+
+
+def make(mode: str, *, width=72, heads=4, kv_heads=2, head_dim=48, inner=200, **options):
+    """A random decoder of 3 layers in which no size is a whole block of anything."""
+    pack, generator = PACKERS[mode], torch.Generator().manual_seed(3)
+
+    def random(*shape, scale=1.0):
+        return torch.randn(shape, generator=generator) * scale
+
+    def ordered(weight, order):
+        return torch.cat((weight, weight.new_zeros(1, *weight.shape[1:])))[order]
+
+    all_heads = heads + 2 * kv_heads
+    layers = []
+    for index in range(3):
+        vectors = {}
+        if options.get("bias"):
+            vectors |= {
+                "qkv_bias": random(all_heads * head_dim),
+                "out_bias": random(width),
+                "gate_up_bias": ordered(random(2 * inner), gate_up_rows(inner)),
+                "down_bias": random(width),
+            }
+        if options.get("qk_norm"):
+            vectors |= {"q_norm": random(head_dim), "k_norm": random(head_dim)}
+        qkv = random(all_heads * head_dim, width, scale=width**-0.5)
+        gate_up = random(2 * inner, width, scale=width**-0.5)
+        layers.append(
+            DecoderLayer(
+                attention_norm=1 + random(width, scale=0.1),
+                qkv=pack(ordered(qkv, qkv_rows(all_heads, head_dim))),
+                out=pack(random(width, heads * head_dim, scale=(heads * head_dim) ** -0.5)),
+                mlp_norm=1 + random(width, scale=0.1),
+                gate_up=pack(ordered(gate_up, gate_up_rows(inner))),
+                down=pack(random(width, inner, scale=inner**-0.5)),
+                window=(None, 20, 150)[index] if options.get("windows") else None,
+                **vectors,
+            )
+        )
+    table = pack(random(VOCABULARY, width))
+    cos, sin = rope_tables(512, head_dim, 10000.0)
+    return DecoderWeights(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=1e-5,
+        attention_scale=head_dim**-0.5,
+        embedding=table,
+        layers=tuple(layers),
+        norm=1 + random(width, scale=0.1),
+        head=table,
+        cos=cos,
+        sin=sin,
+    )
+
+
+class Runnable:
+    """A decoder with what ``PagedRun`` asks of a model."""
+
+    def __init__(self, made, weights: DecoderWeights, kv: str) -> None:
+        self.forward = made(weights).forward
+        self.spec = SimpleNamespace(
+            page_layout=lambda page_size: PageLayout(
+                len(weights.layers), weights.num_kv_heads, weights.head_dim, page_size, kv
+            )
+        )
+
+
+def all_logits(model, tokens, *chunks):
+    run = PagedRun(model, 1, len(tokens), 32)
+    parts, start = [], 0
+    for size in (*chunks, len(tokens) - sum(chunks)):
+        parts.append(run.step({0: tokens[start : start + size]}, range(size)))
+        start += size
+    return torch.cat(parts)
+
+
+FEATURES = [{}, {"bias": True, "qk_norm": True}, {"windows": True}, {"head_dim": 16, "heads": 6}]
+
+
+@pytest.mark.parametrize("kv", ["fp32", "int8"])
+@pytest.mark.parametrize("options", FEATURES, ids=lambda options: "+".join(options) or "plain")
+@pytest.mark.parametrize("mode", PACKERS)
+def test_the_program_computes_what_the_ops_compute(mode, options, kv):
+    weights = make(mode, **options)
+    ours = all_logits(Runnable(native_decoder, weights, kv), TOKENS[:170], 100, 1)
+    theirs = all_logits(Runnable(reference_decoder, weights, kv), TOKENS[:170], 100, 1)
+    # An input that falls on the other side of a rounding border moves a logit by about a step.
+    exact = mode == "fp32" and kv == "fp32"
+    spread = theirs.std()
+    error = (ours - theirs).abs()
+    assert error.amax() <= spread * (1e-4 if exact else 0.25)
+    assert error.mean() <= spread * (1e-5 if exact else 0.02)
+
+
+@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("mode", PACKERS)
+def test_a_row_has_the_same_bits_however_it_is_reached(mode, kv):
+    model = Runnable(native_decoder, make(mode, windows=True), kv)
+    whole = all_logits(model, TOKENS)
+    assert whole.isfinite().all()
+    assert same_bits(all_logits(model, TOKENS, 1, 16, 100), whole)
+    assert same_bits(all_logits(model, TOKENS[:220], *[1] * 10, *[5] * 40), whole[:220])
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+@pytest.mark.parametrize("mode", PACKERS)
+def test_every_instruction_set_and_thread_count_gives_the_same_bits(everywhere, mode, kv):
+    weights = make(mode, bias=True, qk_norm=True)
+    everywhere(lambda: all_logits(Runnable(native_decoder, weights, kv), TOKENS[:150], 140))
+
+
+@pytest.mark.parametrize("mode", PACKERS)
+def test_a_row_has_the_same_bits_in_any_company(mode):
+    threads.set_num_threads(2)
+    model = Runnable(native_decoder, make(mode), "bf16")
+    alone = all_logits(model, TOKENS[:40])[-1]
+    for company, place in ((1, 0), (7, 3), (33, 32), (64, 11)):
+        run = PagedRun(model, company + 1, 64)
+        parts = {number: TOKENS[number : number + 1 + number % 50] for number in range(company + 1)}
+        parts[place] = TOKENS[:40]
+        last = sum(len(parts[number]) for number in range(place + 1)) - 1
+        assert same_bits(run.step(parts, [last])[0], alone)
+
+
+def test_only_the_rows_wanted_get_logits():
+    model = Runnable(native_decoder, make("int8"), "fp32")
+    whole = all_logits(model, TOKENS[:30])
+    run = PagedRun(model, 1, 30)
+    assert same_bits(run.step({0: TOKENS[:30]}, [3, 29]), whole[[3, 29]])
+
+
+@pytest.mark.parametrize("mode", PACKERS)
+def test_nan_in_a_norm_shows_in_every_logit(mode):
+    weights = make(mode)
+    norm = weights.norm.clone()
+    norm[5] = torch.nan
+    logits = all_logits(Runnable(native_decoder, replace(weights, norm=norm), "fp32"), TOKENS[:4])
+    assert logits.isnan().all()
+
+
+def step_arguments(weights, **changes):
+    """One row of a valid step, changed."""
+    layout = PageLayout(len(weights.layers), weights.num_kv_heads, weights.head_dim, 16, "fp32")
+    batch = ragged([Rows(TOKENS[:3], 0, [1])], [2])
+    fields = {name: getattr(batch, name) for name in RaggedBatch.__slots__}
+    kv = torch.zeros(
+        2, layout.num_layers, layout.num_kv_heads, layout.head_bytes, dtype=torch.uint8
+    )
+    return RaggedBatch(**(fields | changes)), kv, layout
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("token_ids", torch.tensor([1, 2, VOCABULARY])),
+        ("positions", torch.tensor([0, 1, 16])),
+        ("positions", torch.tensor([-1, 0, 1])),
+        ("query_starts", torch.tensor([0, 2])),
+        ("page_tables", torch.tensor([[2]], dtype=torch.int32)),
+        ("page_tables", torch.tensor([[-1]], dtype=torch.int32)),
+        ("logit_rows", torch.tensor([3])),
+    ],
+)
+def test_a_row_that_does_not_fit_is_refused_by_name_and_writes_nothing(name, value):
+    weights = make("int8")
+    batch, kv, layout = step_arguments(weights, **{name: value})
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        decoder(weights).forward(batch, kv, layout)
+    assert not kv.any()
+
+
+def test_positions_beyond_the_rotation_tables_are_refused():
+    weights = make("fp32")
+    short = replace(weights, cos=weights.cos[:2].clone(), sin=weights.sin[:2].clone())
+    batch, kv, layout = step_arguments(short)
+    with pytest.raises(ValueError, match=r"^positions must be in 0\.\.1, not 2"):
+        decoder(short).forward(batch, kv, layout)
+
+
+def test_a_matrix_of_another_shape_is_refused_by_name():
+    weights, other = make("fp32"), make("fp32", inner=300)
+    layers = (replace(weights.layers[0], down=other.layers[0].down), *weights.layers[1:])
+    with pytest.raises(ValueError, match=r"^down must"):
+        native_decoder(replace(weights, layers=layers))
+
+
+def test_the_pool_that_runs_a_step_may_have_any_size():
+    model = Runnable(native_decoder, make("int8"), "bf16")
+    whole = all_logits(model, TOKENS[:100])
+    for count in (1, 2, 4, 3):
+        threads.set_num_threads(count)
+        assert _native.num_threads() == count
+        assert same_bits(all_logits(model, TOKENS[:100], 64), whole)
+
+
+@pytest.mark.parametrize("made", [native_decoder, reference_decoder])
+def test_the_best_ids_are_those_of_the_logits(made):
+    weights = make("int8")
+    batch, kv, layout = step_arguments(weights, logit_rows=torch.tensor([0, 1, 2]))
+    logits = made(weights).forward(batch, kv, layout)
+    ids = made(weights).forward(replace(batch, best_only=True), kv, layout)
+    assert ids.tolist() == logits.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize("made", [native_decoder, reference_decoder])
+def test_the_best_id_of_a_row_that_is_not_numbers_is_none(made):
+    weights = make("fp32")
+    norm = weights.norm.clone()
+    norm[5] = torch.inf
+    batch, kv, layout = step_arguments(weights, best_only=True)
+    assert made(replace(weights, norm=norm)).forward(batch, kv, layout).tolist() == [-1]
+
+
+def test_the_first_of_equal_logits_is_the_best():
+    logits = torch.tensor([[1.0, 3, 3], [2, 2, -torch.inf], [-1, -1, -1], [torch.nan, 0, 0]])
+    assert best_ids(logits).tolist() == [1, -1, 0, -1]
