@@ -25,6 +25,14 @@ struct RowPointers {
     }
 };
 
+// f(0), f(1), ... with constants: what they index stays in registers.
+template <int Count, class F>
+QUIRE_INLINE void each(F f) {
+    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+        (f(std::integral_constant<int, I>{}), ...);
+    }(std::make_integer_sequence<int, Count>{});
+}
+
 template <int Rows>
 QUIRE_INLINE void put(const F16 (&sum)[Rows][2], float* out, int64_t stride) {
     for (int r = 0; r < Rows; ++r)
@@ -80,23 +88,22 @@ QUIRE_INLINE F16 load_scales(const uint8_t* p, bool as_bf16) {
                    : load_half(reinterpret_cast<const uint16_t*>(p));
 }
 
-// Sums of one group: [rows][planes][2] of 16 outputs. Sixteen inputs of every row at a time.
+// Sums of one group: [rows][planes][2] of 16 outputs. 32 inputs of every row at a time.
 template <int Rows, int Planes, bool Nibbles>
 QUIRE_INLINE const uint8_t* sum_group(const uint8_t* weights, int64_t group,
                                       RowPointers<Rows>& rows, I16 (&sum)[Rows][Planes][2]) {
     auto add = [&](Weights w0, Weights w1, int four) __attribute__((always_inline)) {
-        for (int r = 0; r < Rows; ++r)
-            for (int p = 0; p < Planes; ++p) {
-                const Inputs a = broadcast_inputs(
-                    reinterpret_cast<const int8_t*>(rows[r] + 4 * (four * Planes + p)));
-                sum[r][p][0] = dot(sum[r][p][0], w0, a);
-                sum[r][p][1] = dot(sum[r][p][1], w1, a);
-            }
+        each<Rows * Planes>([&](auto i) __attribute__((always_inline)) {
+            constexpr int r = i / Planes, p = i % Planes;
+            const Inputs a = broadcast_inputs(
+                reinterpret_cast<const int8_t*>(rows[r] + 4 * (four * Planes + p)));
+            sum[r][p][0] = dot(sum[r][p][0], w0, a);
+            sum[r][p][1] = dot(sum[r][p][1], w1, a);
+        });
     };
-    constexpr int kFours = 4, kLoads = Nibbles ? kFours / 2 : kFours;
+    constexpr int kFours = 8, kLoads = Nibbles ? kFours / 2 : kFours;
     for (int64_t k = 0; k < group; k += 4 * kFours) {
-#pragma GCC unroll 4
-        for (int i = 0; i < kLoads; ++i) {
+        each<kLoads>([&](auto i) __attribute__((always_inline)) {
             const Weights w0 = load_weights(weights), w1 = load_weights(weights + 64);
             if constexpr (Nibbles) {
                 add(low_nibbles(w0), low_nibbles(w1), 2 * i);
@@ -105,7 +112,7 @@ QUIRE_INLINE const uint8_t* sum_group(const uint8_t* weights, int64_t group,
                 add(w0, w1, i);
             }
             weights += 128;
-        }
+        });
         rows.advance(4 * kFours * Planes);
     }
     return weights;
@@ -130,7 +137,7 @@ void multiply_integers(const Matrix& w, const uint8_t* tile, const InputRows& x,
             tile += 64;
         }
         I16 sum[Rows][Planes][2];
-        for (int r = 0; r < Rows; ++r) {
+        each<Rows>([&](auto r) __attribute__((always_inline)) {
             const int32_t zero = w.offsets == Offsets::none
                                      ? -int32_t(uint32_t(sums[r * groups + g]) << kZeroBits)
                                      : 0;
@@ -138,11 +145,11 @@ void multiply_integers(const Matrix& w, const uint8_t* tile, const InputRows& x,
                 sum[r][Planes - 1][c] = broadcast_int(zero);
                 if constexpr (Planes == 2) sum[r][0][c] = broadcast_int(0);
             }
-        }
+        });
         tile = sum_group<Rows, Planes, Nibbles>(tile, w.group, rows, sum);
         if (w.offsets == Offsets::zeros)
             for (int c = 0; c < 2; ++c) offset[c] = broadcast(0.0f) - offset[c] * scale[c];
-        for (int r = 0; r < Rows; ++r) {
+        each<Rows>([&](auto r) __attribute__((always_inline)) {
             const float s = scales[r * groups + g];
             for (int c = 0; c < 2; ++c) {
                 I16 all = sum[r][Planes - 1][c];
@@ -152,7 +159,7 @@ void multiply_integers(const Matrix& w, const uint8_t* tile, const InputRows& x,
                     total[r][c] = fma(offset[c], broadcast(s * float(sums[r * groups + g])),
                                       total[r][c]);
             }
-        }
+        });
     }
     put(total, out, stride);
 }
