@@ -10,12 +10,13 @@ NATIVE := $(shell find kernels/csrc -type f 2>/dev/null) CMakeLists.txt pyprojec
 RUN := QUIRE_STATE_DIR=$(CURDIR)/.quire $(BIN)/quire
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help gen check test test-all bench demo clean install install-test
+.PHONY: help gen check test test-all sanitize bench demo clean install install-test
 
 help:
 	@echo "make demo      install, then a real answer from a prefill and a decode service, with its trace"
 	@echo "make test      install, check style and types, run the tests (about 10 minutes on 2 cores)"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make sanitize  the kernels' tests with the address and undefined-behaviour sanitizers"
 	@echo "make bench     the numbers of the README"
 	@echo "make gen       generate code from protos/"
 	@echo "make clean     remove everything that make made"
@@ -57,6 +58,22 @@ test: check
 
 test-all: check
 	$(PYTEST)
+
+# The kernels built with sanitizers, beside the installed ones: a copy of the packages and an
+# environment of its own that takes everything else from the first.
+SANITIZED := build/sanitized
+RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+
+sanitize: install-test
+	$(PYTHON) -m venv --without-pip --clear $(SANITIZED)/env
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(echo $(SANITIZED)/env/lib/python3*/site-packages)/first.pth"
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(SANITIZED)/packages \
+	  --config-settings=cmake.define.QUIRE_SANITIZE=ON .
+	cp -r tests pyproject.toml $(SANITIZED)/packages
+	cd $(SANITIZED)/packages && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1 ../env/bin/python -m pytest tests/kernels \
+	  --ignore tests/kernels/test_bench.py
 
 BENCH_MODES ?= --weights bf16,int8,int4
 
