@@ -1,4 +1,4 @@
-"""Freed memory back to the system: packing weights takes twice what a model keeps.
+"""Memory that was freed, back to the system: packing weights frees much in the midst of the heap.
 
 glibc gives back by itself what is free at the top of its heap only.
 """
