@@ -102,7 +102,7 @@ class IntakeDesk:
 
     async def _hand_over(self, wanted: Wanted, reservation: Reservation) -> bool:
         """Whether the pages are here, verified and committed."""
-        worker = self._choose(wanted)
+        worker = await self._choose(wanted)
         if worker is None:
             return False
         self._tell(self._offer(wanted, reservation, worker))
@@ -125,9 +125,9 @@ class IntakeDesk:
         self._tell(self._settle(call, wanted, worker, HandoverState.LANDED))
         return True
 
-    def _choose(self, wanted: Wanted) -> WorkerRecord | None:
+    async def _choose(self, wanted: Wanted) -> WorkerRecord | None:
         with stage_span(Lifecycle.CHOOSE) as span:
-            worker = self._workers.choose()
+            worker = await self._workers.find()
             span.set_attribute("quire.worker", worker.boot_id if worker else "none")
         if worker is None:
             facts = fields(request=wanted.request_id.hex(), known=self._workers.standing())

@@ -57,6 +57,14 @@ class PrefillWorkers:
         records = [known.record for known in self._known.values()]
         return choose_prefill(records, self._fingerprint, self._avoid)
 
+    async def find(self) -> WorkerRecord | None:
+        """As ``choose``; where it finds nobody, after one more look at who has registered."""
+        worker = self.choose()
+        if worker is None:
+            await self.refresh()
+            worker = self.choose()
+        return worker
+
     def standing(self) -> str:
         """Every known worker's endpoint and what speaks for or against it, for logs."""
         each = [

@@ -221,6 +221,13 @@ def test_without_redis_new_requests_are_served_and_workers_come_back(hash_up: Up
     wait_until(hash_up.hands_over)
 
 
+def test_the_first_request_finds_the_prefill_service(tmp_path: Path) -> None:
+    up = start_up(tmp_path / "state", "--model", "hash")
+    found = up.generate("--prompt", "the first request " * 20, "--max-tokens", "4")
+    assert found["prefilled"] == "remote", up.log_of("decode")
+    assert up.stop() == 0
+
+
 def test_up_stops_everything_on_sigterm_and_leaves_nothing(tmp_path: Path) -> None:
     up = start_up(tmp_path / "state", "--model", "hash")
     pids = [service["pid"] for service in up.state["services"]]

@@ -71,6 +71,25 @@ async def test_a_silent_index_leaves_the_last_list_in_use_for_good() -> None:
     assert workers.choose() == worker("a")
 
 
+async def test_a_worker_that_registered_since_the_last_look_is_found() -> None:
+    index = Index()
+    workers = PrefillWorkers(index, FINGERPRINT, Clock())
+    await workers.refresh()
+    assert await workers.find() is None
+    index.listed = [worker("a")]
+    assert workers.choose() is None
+    assert await workers.find() == worker("a")
+
+
+async def test_while_a_worker_is_known_finding_one_asks_the_index_nothing() -> None:
+    index = Index()
+    workers = PrefillWorkers(index, FINGERPRINT, Clock())
+    index.listed = [worker("a")]
+    await workers.refresh()
+    index.listed = [worker("b")]
+    assert await workers.find() == worker("a")
+
+
 async def test_an_index_restarted_empty_is_not_believed_at_once() -> None:
     index, clock = Index(), Clock()
     workers = PrefillWorkers(index, FINGERPRINT, clock)
