@@ -55,12 +55,6 @@ inline int64_t size(const Array& a, const char* name, size_t dimensions, size_t 
     return a.shape(dimension);
 }
 
-// True for bf16, false for fp32; nothing else is allowed.
-inline bool is_bf16(const Array& a, const char* name) {
-    if (!holds<bf16>(a) && !holds<float>(a)) refuse(name, "be fp32 or bf16");
-    return holds<bf16>(a);
-}
-
 template <class Args>
 void run(Unit<Args> unit, const Args& args, int64_t units) {
     nb::gil_scoped_release released;

@@ -3,7 +3,6 @@
 namespace quire::QUIRE_ISA {
 
 const Kernels kernels{
-    .tile_rows = {kTileRows, kTileRows, kTileRows, kTileRows16},
     .rms_norm = rms_norm,
     .pack_rows = pack_rows,
     .linear = linear,

@@ -209,7 +209,6 @@ template <class Args>
 using Unit = void (*)(const Args&, int64_t unit);
 
 struct Kernels {
-    int tile_rows[4];               // rows that share a pass over the weights, by InputFormat
     Unit<RmsNorm> rms_norm;         // unit: a row
     Unit<PackRows> pack_rows;       // unit: a row
     Unit<Linear> linear;            // unit: unit_rows x unit_tiles
