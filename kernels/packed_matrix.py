@@ -138,10 +138,9 @@ def pack_rotated_int8(weight: torch.Tensor) -> PackedMatrix:
 def pack_quantized(matrix: QuantizedMatrix, inputs: int | None = None) -> PackedMatrix:
     """A checkpoint's own integers and zeros or minimums, inputs cut to 16 bits.
 
-    Columns from ``inputs`` on are padding.
-    Scales are kept where they are fp16 or bf16 numbers, else rounded to fp16. Groups are split into
-    pieces of at most 128 inputs, which share a scale. Raises ValueError for a group that is not a
-    multiple of 32.
+    Columns from ``inputs`` on are padding. Scales are kept where they are fp16 or bf16 numbers,
+    else rounded to fp16. Groups are split into pieces of at most 128 inputs, which share a scale.
+    Raises ValueError for a group that is not a multiple of 32.
     """
     outputs, columns = matrix.shape
     inputs = columns if inputs is None else inputs

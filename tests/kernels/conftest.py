@@ -51,11 +51,12 @@ def everywhere(
 
     With the reference's ``ops``, on more than one of torch's threads.
     """
-    backend = request.node.callspec.params.get("ops", "cpu") if _varied(request) else "cpu"
+    varied = getattr(request.node, "callspec", None)
+    backend = varied.params.get("ops", "cpu") if varied is not None else "cpu"
 
     def places() -> Iterator[None]:
         if backend == "reference":
-            for count in (1, 2):
+            for count in (1, 2, 3):
                 torch.set_num_threads(count)
                 yield
             return
@@ -71,7 +72,3 @@ def everywhere(
         return results[0]
 
     return run
-
-
-def _varied(request: pytest.FixtureRequest) -> bool:
-    return hasattr(request.node, "callspec")
