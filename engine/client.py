@@ -7,7 +7,7 @@ import atexit
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
-from concurrent.futures import Future
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -107,19 +107,31 @@ class LoopThread:
 
         Otherwise whoever handles the interrupt would meet ``work`` still using what it used.
         """
-        ended: Future[asyncio.Task[T]] = Future()
+        # Not a Future: waiting for that, an interrupt can leave its lock in pieces.
+        ended: SimpleQueue[asyncio.Task[T] | None] = SimpleQueue()
         tasks: list[asyncio.Task[T]] = []
 
         def start() -> None:
             tasks.append(self._loop.create_task(work))
-            tasks[0].add_done_callback(ended.set_result)
+            tasks[0].add_done_callback(ended.put)
 
-        self._loop.call_soon_threadsafe(start)
+        def stop() -> None:
+            if tasks:
+                tasks[0].cancel()
+                tasks[0].add_done_callback(ended.put)  # The first word may have been taken.
+            else:  # Interrupted before start was handed over: it never comes.
+                work.close()
+                ended.put(None)
+
+        # An interrupt can fall between any two instructions, so nothing starts outside the try.
         try:
-            return ended.result().result()
+            self._loop.call_soon_threadsafe(start)
+            task = ended.get()
+            assert task is not None
+            return task.result()
         except BaseException:
-            self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
-            ended.result()
+            self._loop.call_soon_threadsafe(stop)
+            ended.get()
             raise
 
     def close(self) -> None:

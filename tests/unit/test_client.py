@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Iterator
+from types import FrameType
 
 import pytest
 
@@ -55,3 +58,74 @@ def test_an_interrupt_reaches_the_caller_when_the_request_has_been_cleaned_up() 
         with pytest.raises(KeyboardInterrupt):
             next(items)
         assert inner.cleaned_up
+
+
+class Counting(AsyncClient):
+    """Three items, and whether what made them is still at it."""
+
+    def __init__(self) -> None:
+        self.running = 0
+
+    async def items(
+        self, prompt: Prompt, params: SamplingParams
+    ) -> AsyncGenerator[StreamItem, None]:
+        self.running += 1
+        try:
+            for _ in range(3):
+                await asyncio.sleep(0)
+                yield Started(b"", 0, (), b"")
+        finally:
+            await asyncio.sleep(0)
+            self.running -= 1
+
+    async def close(self) -> None:
+        pass
+
+
+class InterruptAt:
+    """Raises KeyboardInterrupt before one instruction of ``LoopThread.run`` or what it calls."""
+
+    def __init__(self, instruction: int) -> None:
+        self.left = instruction
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> InterruptAt | None:
+        if event == "call":
+            caller = frame.f_back
+            waits = frame.f_code is LoopThread.run.__code__
+            if not waits and (caller is None or caller.f_trace is not self):
+                return None
+            frame.f_trace_opcodes = True
+        if event == "opcode":
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_at_any_instruction_of_a_wait_leaves_nothing_running() -> None:
+    inner = Counting()
+    interrupted = 0
+    with BlockingClient(LoopThread("test"), inner) as client:
+        while True:
+            interrupt = InterruptAt(interrupted + 1)
+            items = client.items("x")
+            before = sys.gettrace()
+            sys.settrace(interrupt)
+            try:
+                for _ in items:
+                    pass
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                sys.settrace(before)
+            patience = time.monotonic() + 10
+            while inner.running and time.monotonic() < patience:
+                time.sleep(0.001)
+            assert not inner.running, f"interrupted at instruction {interrupted}"
+            if interrupt.left > 0:
+                break
+        assert len(list(client.items("x"))) == 3
+    assert interrupted > 200
