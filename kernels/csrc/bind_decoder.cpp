@@ -53,6 +53,7 @@ HeldMatrix make_matrix(const std::string& format, const std::string& reads,
     if (group != 32 && group != 64 && group != 128) refuse("group", "be 32, 64 or 128");
     if (outputs < 1) refuse("outputs", "be at least 1");
     if (width < 1 || width > inputs) refuse("width", "be in 1..inputs");
+    if (rotated && group % kRotation) refuse("group", "be whole blocks of 64 where rotated");
     if (inputs % group || inputs % kRotation) refuse("inputs", "be whole groups and blocks of 64");
     w.bf16_scales = bf16_scales;
     w.rotated = rotated;
@@ -74,7 +75,7 @@ void linear(Array x, const HeldMatrix& weight, std::optional<Array> bias, Array 
                         buffer.of(w, rows)};
     const Linear args{w, pack.out, bias ? data<float>(*bias, "bias", {w.outputs}) : nullptr,
                       data<float>(out, "out", {rows, w.outputs}), false, rows, w.outputs, 48, 1};
-    run(current_isa().kernels->pack_rows, pack, rows);
+    run(current_isa().kernels->pack_rows, pack, ceil_div(rows, PackRows::kUnitRows));
     run(current_isa().kernels->linear, args, ceil_div(rows, 48) * w.tiles);
 }
 

@@ -35,13 +35,10 @@ private:
 class InputBuffer {
 public:
     InputRows of(const Matrix& w, int64_t rows) {
-        static constexpr int64_t kBytes[] = {4, 2, 1, 2};
-        // An odd number of cache lines, so that rows do not fall on the same set of a cache.
-        const int64_t row_bytes = (ceil_div(w.inputs * kBytes[int(w.reads)], 64) | 1) * 64;
         const int64_t groups = rows * (w.inputs / w.group);
-        return {w.reads, w.rotated, w.inputs, w.group, row_bytes,
-                values_.of<uint8_t>(rows * row_bytes), scales_.of<float>(groups),
-                sums_.of<int32_t>(groups)};
+        return {w.reads, w.rotated, rows, w.inputs, w.group,
+                values_.of<uint8_t>(rows * w.inputs * bytes_per_input(w.reads)),
+                scales_.of<float>(groups), sums_.of<int32_t>(groups)};
     }
 
 private:

@@ -30,21 +30,21 @@ QUIRE_INLINE F16 signs() {
 }
 
 template <int Distance>
-QUIRE_INLINE void butterfly(F16 (&x)[4]) {
-    for (F16& a : x) a = fma(a, signs<Distance>(), exchange<Distance>(a));
+QUIRE_INLINE void butterflies(F16* x) {
+    for (int i = 0; i < 4; ++i) x[i] = fma(x[i], signs<Distance>(), exchange<Distance>(x[i]));
 }
 
-void rotate_block(float* x) {
-    F16 a[4] = {load(x), load(x + 16), load(x + 32), load(x + 48)};
-    butterfly<1>(a);
-    butterfly<2>(a);
-    butterfly<4>(a);
-    butterfly<8>(a);
-    const F16 b[4] = {a[0] + a[1], a[0] - a[1], a[2] + a[3], a[2] - a[3]};
-    store(x, b[0] + b[2]);
-    store(x + 16, b[1] + b[3]);
-    store(x + 32, b[0] - b[2]);
-    store(x + 48, b[1] - b[3]);
+// x = H x, of four vectors.
+QUIRE_INLINE void rotate_block(F16* x) {
+    butterflies<1>(x);
+    butterflies<2>(x);
+    butterflies<4>(x);
+    butterflies<8>(x);
+    const F16 a[4] = {x[0] + x[1], x[0] - x[1], x[2] + x[3], x[2] - x[3]};
+    x[0] = a[0] + a[2];
+    x[1] = a[1] + a[3];
+    x[2] = a[0] - a[2];
+    x[3] = a[1] - a[3];
 }
 
 // The scale of a group and what its values are multiplied by. NaN and infinity make the scale NaN.
@@ -52,57 +52,74 @@ struct Scale {
     float scale, factor;
 };
 
-Scale scale_of(const float* x, int64_t count, float largest) {
-    F16 top = broadcast(0.0f), poison = broadcast(0.0f);
-    for (int64_t i = 0; i < count; i += 16) {
-        const F16 a = load(x + i);
-        top = larger(top, larger(a, broadcast(0.0f) - a));
-        poison = fma(a, broadcast(0.0f), poison);
-    }
-    const float magnitude = reduce_larger(top), zero_or_nan = reduce_sum(poison);
-    if (zero_or_nan != 0.0f) return {zero_or_nan, 0.0f};
+QUIRE_INLINE Scale scale_of(int32_t magnitude_bits, float largest) {
+    float magnitude;
+    __builtin_memcpy(&magnitude, &magnitude_bits, sizeof magnitude);
+    if (magnitude_bits >= 0x7F800000) return {__builtin_nanf(""), 0.0f};
     if (!(magnitude > 0x1p-100f)) return {0.0f, 0.0f};
     return {magnitude / largest, largest / magnitude};
 }
 
-int32_t put_bytes(const float* x, int64_t count, float factor, int8_t* out) {
-    I16 sum = broadcast_int(0);
-    for (int64_t i = 0; i < count; i += 16) {
-        const I16 a = to_int(load(x + i) * broadcast(factor));
-        store_bytes(out + i, a);
-        sum = sum + a;
-    }
-    return reduce_sum(sum);
+// Four bytes of a row in turn with those of the tile's other rows.
+template <int Count>
+QUIRE_INLINE void put_units(const void* values, uint8_t* out, int64_t stride) {
+    auto bytes = static_cast<const uint8_t*>(values);
+    for (int i = 0; i < Count; ++i) __builtin_memcpy(out + i * stride, bytes + 4 * i, 4);
 }
 
-// [high, low][4] after each other: value = 256 high + low, both signed.
-int32_t put_planes(const float* x, int64_t count, float factor, int8_t* out) {
-    I16 sum = broadcast_int(0);
-    for (int64_t i = 0; i < count; i += 16) {
-        const I16 a = to_int(load(x + i) * broadcast(factor));
-        const I16 low = shift_right<24>(shift_left<24>(a)), high = shift_right<8>(a - low);
-        int8_t planes[2][16];
-        store_bytes(planes[0], high);
-        store_bytes(planes[1], low);
-        for (int64_t j = 0; j < 4; ++j)
-            for (int plane = 0; plane < 2; ++plane)
-                __builtin_memcpy(out + 2 * i + 8 * j + 4 * plane, planes[plane] + 4 * j, 4);
-        sum = sum + a;
-    }
-    return reduce_sum(sum);
+// Both bytes of 16 bits are signed.
+QUIRE_INLINE void put_planes(I16 a, uint8_t* out, int64_t stride) {
+    const I16 low = shift_right<24>(shift_left<24>(a)), high = shift_right<8>(a - low);
+    int8_t bytes[16];
+    store_bytes(bytes, high);
+    put_units<4>(bytes, out, stride);
+    store_bytes(bytes, low);
+    put_units<4>(bytes, out + 4, stride);
 }
 
-void pack_integers(const float* x, int64_t start, int64_t count, const InputRows& out,
-                   int64_t row) {
-    const bool wide = out.format == InputFormat::int16;
-    const int64_t groups = out.inputs / out.group;
-    auto values = reinterpret_cast<int8_t*>(out.values + row * out.row_bytes);
-    for (int64_t i = 0; i < count; i += out.group) {
-        const Scale s = scale_of(x + i, out.group, wide ? kLargest16 : kLargest8);
-        const int64_t at = row * groups + (start + i) / out.group;
-        out.scales[at] = s.scale;
-        out.sums[at] = wide ? put_planes(x + i, out.group, s.factor, values + 2 * (start + i))
-                            : put_bytes(x + i, out.group, s.factor, values + start + i);
+template <int Vectors, bool Wide>
+QUIRE_INLINE void pack_group(const float* x, bool rotated, uint8_t* out, int64_t rows,
+                             float* scale, int32_t* sum) {
+    F16 a[Vectors];
+    for (int i = 0; i < Vectors; ++i) a[i] = load(x + 16 * i);
+    if constexpr (Vectors % 4 == 0)
+        for (int i = 0; rotated && i < Vectors; i += 4) rotate_block(a + i);
+    I16 top = magnitude_bits(a[0]), total = broadcast_int(0);
+    for (int i = 1; i < Vectors; ++i) top = larger(top, magnitude_bits(a[i]));
+    const Scale s = scale_of(reduce_larger(top), Wide ? kLargest16 : kLargest8);
+    int8_t bytes[16 * Vectors];
+    for (int i = 0; i < Vectors; ++i) {
+        const I16 value = to_int(a[i] * broadcast(s.factor));
+        total = total + value;
+        if constexpr (Wide)
+            put_planes(value, out + 32 * i * rows, 8 * rows);
+        else
+            store_bytes(bytes + 16 * i, value);
+    }
+    if constexpr (!Wide) put_units<4 * Vectors>(bytes, out, 4 * rows);
+    *scale = s.scale;
+    *sum = reduce_sum(total);
+}
+
+template <int Vectors, bool Wide>
+void pack_groups(const float* x, int64_t start, int64_t count, const InputRows& all,
+                 const InputTile& out, int64_t row) {
+    constexpr int64_t kGroup = 16 * Vectors, kUnit = Wide ? 8 : 4;
+    for (int64_t i = 0; i < count; i += kGroup) {
+        const int64_t at = start + i, group = at / kGroup * out.rows + row;
+        pack_group<Vectors, Wide>(x + i, all.rotated,
+                                  out.values + (at / 4 * out.rows + row) * kUnit, out.rows,
+                                  out.scales + group, out.sums + group);
+    }
+}
+
+template <bool Wide>
+void pack_integers(const float* x, int64_t start, int64_t count, const InputRows& all,
+                   const InputTile& out, int64_t row) {
+    switch (all.group) {
+        case 32: return pack_groups<2, Wide>(x, start, count, all, out, row);
+        case 64: return pack_groups<4, Wide>(x, start, count, all, out, row);
+        case 128: return pack_groups<8, Wide>(x, start, count, all, out, row);
     }
 }
 
@@ -118,22 +135,34 @@ void normalise(const float* x, const float* weight, float eps, int64_t width, fl
 }
 
 void rotate(float* x, int64_t count) {
-    for (int64_t i = 0; i < count; i += kRotation) rotate_block(x + i);
+    for (float* end = x + count; x < end; x += kRotation) {
+        F16 a[4] = {load(x), load(x + 16), load(x + 32), load(x + 48)};
+        rotate_block(a);
+        for (int i = 0; i < 4; ++i) store(x + 16 * i, a[i]);
+    }
 }
 
-void pack_inputs(float* x, int64_t start, int64_t count, const InputRows& out, int64_t row) {
-    if (out.rotated) rotate(x, count);
-    uint8_t* values = out.values + row * out.row_bytes;
-    switch (out.format) {
-        case InputFormat::f32:
-            __builtin_memcpy(values + 4 * start, x, size_t(4 * count));
-            break;
-        case InputFormat::bf16: {
-            auto narrow = reinterpret_cast<bf16*>(values) + start;
-            for (int64_t i = 0; i < count; ++i) narrow[i] = round_to_bf16(x[i]);
+void pack_inputs(const float* x, int64_t start, int64_t count, const InputRows& all, int64_t row) {
+    const InputTile out = tile_at(all, row);
+    row -= out.row;
+    const int64_t stride = 4 * out.rows;
+    switch (all.format) {
+        case InputFormat::f32: {
+            uint8_t* at = out.values + start * stride + 4 * row;
+            for (int64_t i = 0; i < count; i += 16) put_units<16>(x + i, at + i * stride, stride);
             break;
         }
-        default: pack_integers(x, start, count, out, row);
+        case InputFormat::bf16: {
+            uint8_t* at = out.values + start / 2 * stride + 4 * row;
+            for (int64_t i = 0; i < count; i += 16) {
+                bf16 narrow[16];
+                for (int j = 0; j < 16; ++j) narrow[j] = round_to_bf16(x[i + j]);
+                put_units<8>(narrow, at + i / 2 * stride, stride);
+            }
+            break;
+        }
+        case InputFormat::int8: return pack_integers<false>(x, start, count, all, out, row);
+        case InputFormat::int16: return pack_integers<true>(x, start, count, all, out, row);
     }
 }
 
@@ -141,7 +170,7 @@ void rms_norm(const RmsNorm& a, int64_t row) {
     normalise(a.x + row * a.width, a.weight, a.eps, a.width, a.out + row * a.width);
 }
 
-void pack_rows(const PackRows& a, int64_t row) {
+static void pack_row(const PackRows& a, int64_t row) {
     constexpr int64_t kPiece = 1024;  // a multiple of every group and of a rotation's block
     alignas(64) float piece[kPiece];
     const float* x = a.x + (a.rows ? a.rows[row] : row) * a.width;
@@ -160,6 +189,12 @@ void pack_rows(const PackRows& a, int64_t row) {
         }
         pack_inputs(piece, start, count, a.out, row);
     }
+}
+
+void pack_rows(const PackRows& a, int64_t unit) {
+    const int64_t start = unit * PackRows::kUnitRows;
+    for (int64_t row = start; row < smaller_of(start + PackRows::kUnitRows, a.out.rows); ++row)
+        pack_row(a, row);
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -6,7 +6,7 @@
 namespace quire::QUIRE_ISA {
 
 void rms_norm(const RmsNorm& a, int64_t row);
-void pack_rows(const PackRows& a, int64_t row);
+void pack_rows(const PackRows& a, int64_t unit);
 void linear(const Linear& a, int64_t unit);
 void qkv(const Qkv& a, int64_t unit);
 void gate_up(const GateUp& a, int64_t unit);
@@ -24,15 +24,30 @@ constexpr int tile_rows(InputFormat format) {
     return format == InputFormat::int16 ? kTileRows16 : kTileRows;
 }
 
-// out[r, 0..31] = row `row + r` of x times tile `tile` of w, for r below rows <= tile_rows.
-void multiply(const Matrix& w, int64_t tile, const InputRows& x, int64_t row, int64_t rows,
-              float* out, int64_t stride);
+// A tile of inputs: rows `row` .. `row + rows - 1`.
+struct InputTile {
+    int64_t row, rows;
+    uint8_t* values;
+    float* scales;
+    int32_t* sums;
+};
+
+static inline InputTile tile_at(const InputRows& x, int64_t row) {
+    const int64_t step = tile_rows(x.format), groups = x.inputs / x.group;
+    const int64_t first = row / step * step;
+    return {first, smaller_of(step, x.rows - first),
+            x.values + first * x.inputs * bytes_per_input(x.format), x.scales + first * groups,
+            x.sums + first * groups};
+}
+
+// out[r, 0..31] = row r of a tile of inputs times tile `tile` of w.
+void multiply(const Matrix& w, int64_t tile, const InputTile& x, float* out, int64_t stride);
 
 // y[0..width-1] = x normalised by the root of its mean square.
 void normalise(const float* x, const float* weight, float eps, int64_t width, float* y);
 
-// Writes the inputs `start .. start + count - 1` of a row: whole groups. x is used up.
-void pack_inputs(float* x, int64_t start, int64_t count, const InputRows& out, int64_t row);
+// Writes the inputs `start .. start + count - 1` of a row: whole groups.
+void pack_inputs(const float* x, int64_t start, int64_t count, const InputRows& out, int64_t row);
 
 // Rounds and stores one head of one row in its page.
 void put_key(const Pages& pages, int64_t slot, int64_t offset, int64_t head, const float* k);

@@ -126,6 +126,14 @@ template <int Bits>
 QUIRE_INLINE I16 shift_right(I16 a) {
     return {_mm256_srai_epi32(a.low, Bits), _mm256_srai_epi32(a.high, Bits)};
 }
+QUIRE_INLINE I16 larger(I16 a, I16 b) {
+    return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)};
+}
+QUIRE_INLINE I16 magnitude_bits(F16 a) {
+    const __m256i mask = _mm256_set1_epi32(0x7FFFFFFF);
+    return {_mm256_and_si256(_mm256_castps_si256(a.low), mask),
+            _mm256_and_si256(_mm256_castps_si256(a.high), mask)};
+}
 QUIRE_INLINE F16 to_float(I16 a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
 QUIRE_INLINE I16 to_int(F16 a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
 QUIRE_INLINE int32_t reduce_sum(I16 a) {
@@ -133,6 +141,12 @@ QUIRE_INLINE int32_t reduce_sum(I16 a) {
     __m128i r = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
     r = _mm_add_epi32(r, _mm_shuffle_epi32(r, 0x4E));
     return _mm_cvtsi128_si32(_mm_add_epi32(r, _mm_shuffle_epi32(r, 0xB1)));
+}
+QUIRE_INLINE int32_t reduce_larger(I16 a) {
+    __m256i s = _mm256_max_epi32(a.low, a.high);
+    __m128i r = _mm_max_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+    r = _mm_max_epi32(r, _mm_shuffle_epi32(r, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(r, _mm_shuffle_epi32(r, 0xB1)));
 }
 QUIRE_INLINE void store_bytes(int8_t* p, I16 a) {
     int32_t wide[16];

@@ -88,9 +88,14 @@ template <int Bits>
 QUIRE_INLINE I16 shift_left(I16 a) { return {_mm512_slli_epi32(a.all, Bits)}; }
 template <int Bits>
 QUIRE_INLINE I16 shift_right(I16 a) { return {_mm512_srai_epi32(a.all, Bits)}; }
+QUIRE_INLINE I16 larger(I16 a, I16 b) { return {_mm512_max_epi32(a.all, b.all)}; }
+QUIRE_INLINE I16 magnitude_bits(F16 a) {
+    return {_mm512_and_si512(_mm512_castps_si512(a.all), _mm512_set1_epi32(0x7FFFFFFF))};
+}
 QUIRE_INLINE F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.all)}; }
 QUIRE_INLINE I16 to_int(F16 a) { return {_mm512_cvtps_epi32(a.all)}; }
 QUIRE_INLINE int32_t reduce_sum(I16 a) { return _mm512_reduce_add_epi32(a.all); }
+QUIRE_INLINE int32_t reduce_larger(I16 a) { return _mm512_reduce_max_epi32(a.all); }
 QUIRE_INLINE void store_bytes(int8_t* p, I16 a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.all));
 }

@@ -126,6 +126,14 @@ template <int Bits>
 QUIRE_INLINE I16 shift_right(const I16& a) {
     return each_int([&](int i) { return a.lane[i] >> Bits; });
 }
+QUIRE_INLINE I16 larger(const I16& a, const I16& b) {
+    return each_int([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+QUIRE_INLINE I16 magnitude_bits(const F16& a) {
+    I16 bits;
+    std::memcpy(bits.lane, a.lane, sizeof bits.lane);
+    return each_int([&](int i) { return bits.lane[i] & 0x7FFFFFFF; });
+}
 QUIRE_INLINE F16 to_float(const I16& a) { return each_lane([&](int i) { return float(a.lane[i]); }); }
 // Adding 1.5 * 2^23 leaves the nearest integer, ties to even, of anything below 2^22.
 QUIRE_INLINE I16 to_int(const F16& a) {
@@ -135,6 +143,11 @@ QUIRE_INLINE int32_t reduce_sum(const I16& a) {
     int32_t sum = 0;
     for (int i = 0; i < 16; ++i) sum += a.lane[i];
     return sum;
+}
+QUIRE_INLINE int32_t reduce_larger(const I16& a) {
+    int32_t top = a.lane[0];
+    for (int i = 1; i < 16; ++i) top = a.lane[i] > top ? a.lane[i] : top;
+    return top;
 }
 QUIRE_INLINE void store_bytes(int8_t* p, const I16& a) {
     for (int i = 0; i < 16; ++i) p[i] = int8_t(a.lane[i]);

@@ -17,12 +17,11 @@ RowRange rows_of(int64_t unit, int64_t unit_rows, int64_t rows) {
     return {unit * unit_rows, smaller_of((unit + 1) * unit_rows, rows)};
 }
 
-// Calls then(row, count) for consecutive tiles of rows.
+// Calls then(tile of inputs) for those of a range of rows, which ends where tiles end.
 template <class Then>
-QUIRE_INLINE void for_row_tiles(RowRange range, InputFormat format, Then then) {
-    const int64_t step = tile_rows(format);
-    for (int64_t row = range.start; row < range.end; row += step)
-        then(row, smaller_of(step, range.end - row));
+QUIRE_INLINE void for_row_tiles(RowRange range, const InputRows& x, Then then) {
+    for (int64_t row = range.start; row < range.end; row += tile_rows(x.format))
+        then(tile_at(x, row));
 }
 
 QUIRE_INLINE F16 silu(F16 x) {
@@ -53,12 +52,12 @@ void linear(const Linear& a, int64_t unit) {
     for (int64_t tile = first; tile < smaller_of(first + a.unit_tiles, a.weight.tiles); ++tile) {
         const int64_t output = tile * kTileOutputs;
         const int64_t count = smaller_of(kTileOutputs, a.outputs - output);
-        for_row_tiles(range, a.x.format, [&](int64_t row, int64_t rows) {
+        for_row_tiles(range, a.x, [&](const InputTile& x) {
             alignas(64) float result[kTileRows * kTileOutputs];
-            multiply(a.weight, tile, a.x, row, rows, result, kTileOutputs);
-            for (int64_t r = 0; r < rows; ++r) {
+            multiply(a.weight, tile, x, result, kTileOutputs);
+            for (int64_t r = 0; r < x.rows; ++r) {
                 float* from = result + r * kTileOutputs;
-                float* to = a.out + (row + r) * a.outputs + output;
+                float* to = a.out + (x.row + r) * a.outputs + output;
                 if (a.bias) add_bias(from, a.bias + output, count);
                 for (int64_t i = 0; i < count; ++i) to[i] = a.add ? to[i] + from[i] : from[i];
             }
@@ -71,17 +70,16 @@ void qkv(const Qkv& a, int64_t unit) {
     const int64_t head = unit / row_units, tiles = ceil_div(dim, kTileOutputs);
     const int64_t key_head = head - a.query_heads, value_head = key_head - a.pages.kv_heads;
     const float* norm = value_head >= 0 ? nullptr : key_head >= 0 ? a.k_norm : a.q_norm;
-    for_row_tiles(rows_of(unit % row_units, a.unit_rows, a.rows), a.x.format,
-                  [&](int64_t row, int64_t rows) {
+    for_row_tiles(rows_of(unit % row_units, a.unit_rows, a.rows), a.x,
+                  [&](const InputTile& inputs) {
         alignas(64) float result[kTileRows * kMostOutputs];
         for (int64_t t = 0; t < tiles; ++t)
-            multiply(a.weight, head * tiles + t, a.x, row, rows, result + t * kTileOutputs,
-                     kMostOutputs);
-        for (int64_t r = 0; r < rows; ++r) {
+            multiply(a.weight, head * tiles + t, inputs, result + t * kTileOutputs, kMostOutputs);
+        for (int64_t r = 0; r < inputs.rows; ++r) {
             float* x = result + r * kMostOutputs;
             if (a.bias) add_bias(x, a.bias + head * dim, dim);
             if (norm) normalise(x, norm, a.eps, dim, x);
-            const int64_t at = row + r, angle = a.positions[at] * (dim / 2);
+            const int64_t at = inputs.row + r, angle = a.positions[at] * (dim / 2);
             if (value_head >= 0) {
                 put_value(a.pages, a.slots[at], a.offsets[at], value_head, x);
                 continue;
@@ -99,18 +97,16 @@ void gate_up(const GateUp& a, int64_t unit) {
     constexpr int64_t kBlock = GateUp::kBlock, kTiles = kBlock / kTileOutputs;
     const int64_t row_units = ceil_div(a.rows, a.unit_rows), block = unit / row_units;
     const int64_t start = block * kBlock, count = smaller_of(kBlock, a.out.inputs - start);
-    for_row_tiles(rows_of(unit % row_units, a.unit_rows, a.rows), a.x.format,
-                  [&](int64_t row, int64_t rows) {
+    for_row_tiles(rows_of(unit % row_units, a.unit_rows, a.rows), a.x, [&](const InputTile& x) {
         alignas(64) float result[kTileRows * 2 * kBlock];
         for (int64_t t = 0; t < 2 * kTiles; ++t)
-            multiply(a.weight, block * 2 * kTiles + t, a.x, row, rows, result + t * kTileOutputs,
-                     2 * kBlock);
-        for (int64_t r = 0; r < rows; ++r) {
+            multiply(a.weight, block * 2 * kTiles + t, x, result + t * kTileOutputs, 2 * kBlock);
+        for (int64_t r = 0; r < x.rows; ++r) {
             float* gate = result + r * 2 * kBlock;
             if (a.bias) add_bias(gate, a.bias + 2 * start, 2 * kBlock);
             for (int64_t i = 0; i < count; i += 16)
                 store(gate + i, silu(load(gate + i)) * load(gate + kBlock + i));
-            pack_inputs(gate, start, count, a.out, row + r);
+            pack_inputs(gate, start, count, a.out, x.row + r);
         }
     });
 }
@@ -149,10 +145,10 @@ static void note_best(const float* logits, int64_t count, int64_t first, float* 
 void head(const Head& a, int64_t unit) {
     const int64_t start = unit * a.unit_tiles;
     const int64_t end = smaller_of(start + a.unit_tiles, a.weight.tiles);
-    for_row_tiles({0, a.rows}, a.x.format, [&](int64_t row, int64_t rows) {
-        float* best = a.best + unit * a.rows + row;
-        int32_t* ids = a.best_ids + unit * a.rows + row;
-        for (int64_t r = 0; r < rows; ++r) {
+    for_row_tiles({0, a.rows}, a.x, [&](const InputTile& x) {
+        float* best = a.best + unit * a.rows + x.row;
+        int32_t* ids = a.best_ids + unit * a.rows + x.row;
+        for (int64_t r = 0; r < x.rows; ++r) {
             best[r] = -__builtin_inff();
             ids[r] = 0;
         }
@@ -160,12 +156,12 @@ void head(const Head& a, int64_t unit) {
             alignas(64) float result[kTileRows * kTileOutputs];
             const int64_t output = tile * kTileOutputs;
             const int64_t count = smaller_of(kTileOutputs, a.outputs - output);
-            multiply(a.weight, tile, a.x, row, rows, result, kTileOutputs);
-            for (int64_t r = 0; r < rows; ++r) {
+            multiply(a.weight, tile, x, result, kTileOutputs);
+            for (int64_t r = 0; r < x.rows; ++r) {
                 const float* logits = result + r * kTileOutputs;
                 note_best(logits, count, output, best + r, ids + r);
                 if (a.logits)
-                    __builtin_memcpy(a.logits + (row + r) * a.outputs + output, logits,
+                    __builtin_memcpy(a.logits + (x.row + r) * a.outputs + output, logits,
                                      size_t(4 * count));
             }
         }

@@ -9,22 +9,6 @@ namespace quire::QUIRE_ISA {
 
 namespace {
 
-// Rows by a few bases and strides, so that every one is an address the processor forms by itself.
-template <int Rows>
-struct RowPointers {
-    const uint8_t* base[(Rows + 3) / 4];
-    int64_t stride, stride3;
-    RowPointers(const InputRows& x, int64_t row) : stride(x.row_bytes), stride3(3 * x.row_bytes) {
-        for (int i = 0; i < (Rows + 3) / 4; ++i) base[i] = x.values + (row + 4 * i) * x.row_bytes;
-    }
-    const uint8_t* operator[](int r) const {
-        return base[r / 4] + (r % 4 == 3 ? stride3 : r % 4 * stride);
-    }
-    void advance(int64_t bytes) {
-        for (auto& each : base) each += bytes;
-    }
-};
-
 // f(0), f(1), ... with constants: what they index stays in registers.
 template <int Count, class F>
 QUIRE_INLINE void each(F f) {
@@ -46,39 +30,37 @@ QUIRE_INLINE void clear(F16 (&sum)[Rows][2]) {
 }
 
 template <int Rows>
-void multiply_f32(const Matrix& w, const uint8_t* tile, const InputRows& x, int64_t row, float* out,
+void multiply_f32(const Matrix& w, const uint8_t* tile, const InputTile& x, float* out,
                   int64_t stride) {
-    RowPointers<Rows> rows(x, row);
+    auto inputs = reinterpret_cast<const float*>(x.values);
     auto weights = reinterpret_cast<const float*>(tile);
     F16 sum[Rows][2];
     clear(sum);
-    for (int64_t k = 0; k < w.inputs; ++k, weights += 32) {
+    for (int64_t k = 0; k < w.inputs; ++k, inputs += Rows, weights += 32) {
         const F16 w0 = load(weights), w1 = load(weights + 16);
         for (int r = 0; r < Rows; ++r) {
-            const F16 a = broadcast(*reinterpret_cast<const float*>(rows[r]));
+            const F16 a = broadcast(inputs[r]);
             sum[r][0] = fma(a, w0, sum[r][0]);
             sum[r][1] = fma(a, w1, sum[r][1]);
         }
-        rows.advance(4);
     }
     put(sum, out, stride);
 }
 
 template <int Rows>
-void multiply_bf16(const Matrix& w, const uint8_t* tile, const InputRows& x, int64_t row,
-                   float* out, int64_t stride) {
-    RowPointers<Rows> rows(x, row);
+void multiply_bf16(const Matrix& w, const uint8_t* tile, const InputTile& x, float* out,
+                   int64_t stride) {
+    auto inputs = reinterpret_cast<const bf16*>(x.values);
     auto weights = reinterpret_cast<const bf16*>(tile);
     F16 sum[Rows][2];
     clear(sum);
-    for (int64_t k = 0; k < w.inputs; k += 2, weights += 64) {
+    for (int64_t k = 0; k < w.inputs; k += 2, inputs += 2 * Rows, weights += 64) {
         const Pairs w0 = load_pairs(weights), w1 = load_pairs(weights + 32);
         for (int r = 0; r < Rows; ++r) {
-            const Pairs a = broadcast_pair(reinterpret_cast<const bf16*>(rows[r]));
+            const Pairs a = broadcast_pair(inputs + 2 * r);
             sum[r][0] = dot(sum[r][0], w0, a);
             sum[r][1] = dot(sum[r][1], w1, a);
         }
-        rows.advance(4);
     }
     put(sum, out, stride);
 }
@@ -88,47 +70,44 @@ QUIRE_INLINE F16 load_scales(const uint8_t* p, bool as_bf16) {
                    : load_half(reinterpret_cast<const uint16_t*>(p));
 }
 
-// Sums of one group: [rows][planes][2] of 16 outputs. 32 inputs of every row at a time.
-template <int Rows, int Planes, bool Nibbles>
-QUIRE_INLINE const uint8_t* sum_group(const uint8_t* weights, int64_t group,
-                                      RowPointers<Rows>& rows, I16 (&sum)[Rows][Planes][2]) {
+// Adds 4 * Fours inputs of every row: [rows][planes][2] sums of 16 outputs.
+template <int Rows, int Planes, bool Nibbles, int Fours>
+QUIRE_INLINE void add_fours(const uint8_t*& weights, const uint8_t*& inputs,
+                            I16 (&sum)[Rows][Planes][2]) {
     auto add = [&](Weights w0, Weights w1, int four) __attribute__((always_inline)) {
         each<Rows * Planes>([&](auto i) __attribute__((always_inline)) {
             constexpr int r = i / Planes, p = i % Planes;
             const Inputs a = broadcast_inputs(
-                reinterpret_cast<const int8_t*>(rows[r] + 4 * (four * Planes + p)));
+                reinterpret_cast<const int8_t*>(inputs + 4 * (four * Rows * Planes + i)));
             sum[r][p][0] = dot(sum[r][p][0], w0, a);
             sum[r][p][1] = dot(sum[r][p][1], w1, a);
         });
     };
-    constexpr int kFours = 8, kLoads = Nibbles ? kFours / 2 : kFours;
-    for (int64_t k = 0; k < group; k += 4 * kFours) {
-        each<kLoads>([&](auto i) __attribute__((always_inline)) {
-            const Weights w0 = load_weights(weights), w1 = load_weights(weights + 64);
-            if constexpr (Nibbles) {
-                add(low_nibbles(w0), low_nibbles(w1), 2 * i);
-                add(high_nibbles(w0), high_nibbles(w1), 2 * i + 1);
-            } else {
-                add(w0, w1, i);
-            }
-            weights += 128;
-        });
-        rows.advance(4 * kFours * Planes);
-    }
-    return weights;
+    constexpr int kLoads = Nibbles ? Fours / 2 : Fours;
+    each<kLoads>([&](auto i) __attribute__((always_inline)) {
+        const uint8_t* at = weights + 128 * i;
+        const Weights w0 = load_weights(at), w1 = load_weights(at + 64);
+        if constexpr (Nibbles) {
+            add(low_nibbles(w0), low_nibbles(w1), 2 * i);
+            add(high_nibbles(w0), high_nibbles(w1), 2 * i + 1);
+        } else {
+            add(w0, w1, i);
+        }
+    });
+    weights += 128 * kLoads;
+    inputs += 4 * Fours * Rows * Planes;
 }
 
 template <int Rows, int Planes, bool Nibbles>
-void multiply_integers(const Matrix& w, const uint8_t* tile, const InputRows& x, int64_t row,
-                       float* out, int64_t stride) {
+void multiply_integers(const Matrix& w, const uint8_t* tile, const InputTile& x, float* out,
+                       int64_t stride) {
     constexpr int kZeroBits = Nibbles ? 3 : 7;  // 8 or 128 stands for 0
-    RowPointers<Rows> rows(x, row);
-    const int64_t groups = w.inputs / w.group;
-    const float* scales = x.scales + row * groups;
-    const int32_t* sums = x.sums + row * groups;
+    const uint8_t* inputs = x.values;
+    const float* scales = x.scales;
+    const int32_t* sums = x.sums;
     F16 total[Rows][2];
     clear(total);
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = 0; g < w.inputs; g += w.group, scales += Rows, sums += Rows) {
         F16 scale[2], offset[2];
         for (int c = 0; c < 2; ++c) scale[c] = load_scales(tile + 32 * c, w.bf16_scales);
         tile += 64;
@@ -139,24 +118,28 @@ void multiply_integers(const Matrix& w, const uint8_t* tile, const InputRows& x,
         I16 sum[Rows][Planes][2];
         each<Rows>([&](auto r) __attribute__((always_inline)) {
             const int32_t zero = w.offsets == Offsets::none
-                                     ? -int32_t(uint32_t(sums[r * groups + g]) << kZeroBits)
+                                     ? -int32_t(uint32_t(sums[r]) << kZeroBits)
                                      : 0;
             for (int c = 0; c < 2; ++c) {
                 sum[r][Planes - 1][c] = broadcast_int(zero);
                 if constexpr (Planes == 2) sum[r][0][c] = broadcast_int(0);
             }
         });
-        tile = sum_group<Rows, Planes, Nibbles>(tile, w.group, rows, sum);
+        if (w.group == 32)
+            add_fours<Rows, Planes, Nibbles, 8>(tile, inputs, sum);
+        else
+            for (int64_t k = 0; k < w.group; k += 64)
+                add_fours<Rows, Planes, Nibbles, 16>(tile, inputs, sum);
         if (w.offsets == Offsets::zeros)
             for (int c = 0; c < 2; ++c) offset[c] = broadcast(0.0f) - offset[c] * scale[c];
         each<Rows>([&](auto r) __attribute__((always_inline)) {
-            const float s = scales[r * groups + g];
+            const float s = scales[r];
             for (int c = 0; c < 2; ++c) {
                 I16 all = sum[r][Planes - 1][c];
                 if constexpr (Planes == 2) all = all + shift_left<8>(sum[r][0][c]);
                 total[r][c] = fma(to_float(all), scale[c] * broadcast(s), total[r][c]);
                 if (w.offsets != Offsets::none)
-                    total[r][c] = fma(offset[c], broadcast(s * float(sums[r * groups + g])),
+                    total[r][c] = fma(offset[c], broadcast(s * float(sums[r])),
                                       total[r][c]);
             }
         });
@@ -164,8 +147,7 @@ void multiply_integers(const Matrix& w, const uint8_t* tile, const InputRows& x,
     put(total, out, stride);
 }
 
-using Multiply = void (*)(const Matrix&, const uint8_t*, const InputRows&, int64_t, float*,
-                          int64_t);
+using Multiply = void (*)(const Matrix&, const uint8_t*, const InputTile&, float*, int64_t);
 
 // The functions for 1, 2, ... rows.
 template <template <int> class Function, int... Rows>
@@ -201,8 +183,8 @@ constexpr Table<Int8WideRows, kTileRows16> kInt8Wide;
 constexpr Table<Int4Rows, kTileRows> kInt4;
 constexpr Table<Int4WideRows, kTileRows16> kInt4Wide;
 
-const Multiply* functions(const Matrix& w, const InputRows& x) {
-    const bool wide = x.format == InputFormat::int16;
+const Multiply* functions(const Matrix& w) {
+    const bool wide = w.reads == InputFormat::int16;
     switch (w.format) {
         case WeightFormat::f32: return kF32.rows;
         case WeightFormat::bf16: return kBf16.rows;
@@ -213,9 +195,8 @@ const Multiply* functions(const Matrix& w, const InputRows& x) {
 
 }  // namespace
 
-void multiply(const Matrix& w, int64_t tile, const InputRows& x, int64_t row, int64_t rows,
-              float* out, int64_t stride) {
-    functions(w, x)[rows - 1](w, w.data + tile * w.tile_bytes, x, row, out, stride);
+void multiply(const Matrix& w, int64_t tile, const InputTile& x, float* out, int64_t stride) {
+    functions(w)[x.rows - 1](w, w.data + tile * w.tile_bytes, x, out, stride);
 }
 
 }  // namespace quire::QUIRE_ISA

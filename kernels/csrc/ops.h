@@ -39,6 +39,10 @@ constexpr int64_t kRotation = 64;     // inputs of one Walsh-Hadamard block
 enum class WeightFormat : int { f32, bf16, int8, int4 };
 enum class Offsets : int { none, zeros, minimums };
 enum class InputFormat : int { f32, bf16, int8, int16 };
+constexpr int64_t bytes_per_input(InputFormat format) {
+    constexpr int64_t bytes[] = {4, 2, 1, 2};
+    return bytes[int(format)];
+}
 
 // Weights packed in tiles of 32 outputs, one after the other, each one run of bytes:
 //   f32    [inputs][32]
@@ -59,15 +63,18 @@ struct Matrix {
     const uint8_t* data;
 };
 
-// Rows of inputs in the form a product wants. Integers have a scale and a sum per row and group:
-//   int8   [inputs];   int16   [inputs / 4][high, low][4], value = 256 high + low
+// Rows of inputs in the form a product wants, in tiles of as many rows as go through a tile of
+// weights together (the last one has what is left). A few inputs of each row of a tile in turn:
+//   f32    [inputs][rows];        bf16    [inputs / 2][rows][2]
+//   int8   [inputs / 4][rows][4]; int16   [inputs / 4][rows][high, low][4], 256 high + low
+// Integers have a scale and a sum per group and row of a tile, [inputs / group][rows].
 struct InputRows {
     InputFormat format;
     bool rotated;
-    int64_t inputs, group, row_bytes;
-    uint8_t* values;  // [rows] of row_bytes
-    float* scales;    // [rows, inputs / group]
-    int32_t* sums;    // [rows, inputs / group]
+    int64_t rows, inputs, group;
+    uint8_t* values;
+    float* scales;
+    int32_t* sums;
 };
 
 // The largest magnitude an integer input takes: 16 bits are cut into two signed bytes.
@@ -83,6 +90,7 @@ struct RmsNorm {
 
 // Rows of x, normalised if there is a weight, into inputs of a product.
 struct PackRows {
+    static constexpr int64_t kUnitRows = 12;  // whole tiles on every instruction set
     const float* x;              // [any, width]
     const int64_t* rows;         // which row of x, or null for each
     const float* norm;           // [width] or null
@@ -210,7 +218,7 @@ using Unit = void (*)(const Args&, int64_t unit);
 
 struct Kernels {
     Unit<RmsNorm> rms_norm;         // unit: a row
-    Unit<PackRows> pack_rows;       // unit: a row
+    Unit<PackRows> pack_rows;       // unit: 12 rows
     Unit<Linear> linear;            // unit: unit_rows x unit_tiles
     Unit<Qkv> qkv;                  // unit: unit_rows x a head
     Unit<GateUp> gate_up;           // unit: unit_rows x a block
