@@ -27,6 +27,7 @@ KINDS = {
     "steal": "decode while another process takes one of the cores away",
     "memory": "the most memory a decode service takes",
     "quality": "how far each mode's next-token distributions are from fp32's",
+    "peer": "decode and prefill beside llama.cpp on the same cores",
     "machine": "the limits of this machine by number of threads",
 }
 
