@@ -37,7 +37,8 @@ public:
     InputRows of(const Matrix& w, int64_t rows) {
         const int64_t groups = rows * (w.inputs / w.group);
         return {w.reads, w.rotated, rows, w.inputs, w.group,
-                values_.of<uint8_t>(rows * w.inputs * bytes_per_input(w.reads)),
+                values_.of<uint8_t>(rows * w.inputs *
+                                    larger_of(bytes_per_input(w.reads), kMostBytesPerInteger)),
                 scales_.of<float>(groups), sums_.of<int32_t>(groups)};
     }
 

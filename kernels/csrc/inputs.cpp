@@ -77,6 +77,16 @@ QUIRE_INLINE void put_planes(I16 a, uint8_t* out, int64_t stride) {
     put_units<4>(bytes, out + 4, stride);
 }
 
+// 16 bits each, in the order 0, 2, 1, 3 of every four: pairs as bytes widened to 16 bits stand.
+QUIRE_INLINE void put_wide(I16 a, uint8_t* out, int64_t stride) {
+    int16_t words[16];
+    store_words(words, a);
+    for (int i = 0; i < 16; i += 4, out += stride) {
+        const int16_t four[4] = {words[i], words[i + 2], words[i + 1], words[i + 3]};
+        __builtin_memcpy(out, four, sizeof four);
+    }
+}
+
 template <int Vectors, bool Wide>
 QUIRE_INLINE void pack_group(const float* x, bool rotated, uint8_t* out, int64_t rows,
                              float* scale, int32_t* sum) {
@@ -87,16 +97,18 @@ QUIRE_INLINE void pack_group(const float* x, bool rotated, uint8_t* out, int64_t
     I16 top = magnitude_bits(a[0]), total = broadcast_int(0);
     for (int i = 1; i < Vectors; ++i) top = larger(top, magnitude_bits(a[i]));
     const Scale s = scale_of(reduce_larger(top), Wide ? kLargest16 : kLargest8);
-    int8_t bytes[16 * Vectors];
+    [[maybe_unused]] int8_t bytes[16 * Vectors];
     for (int i = 0; i < Vectors; ++i) {
         const I16 value = to_int(a[i] * broadcast(s.factor));
         total = total + value;
-        if constexpr (Wide)
+        if constexpr (kWideInputs)
+            put_wide(value, out + 32 * i * rows, 8 * rows);
+        else if constexpr (Wide)
             put_planes(value, out + 32 * i * rows, 8 * rows);
         else
             store_bytes(bytes + 16 * i, value);
     }
-    if constexpr (!Wide) put_units<4 * Vectors>(bytes, out, 4 * rows);
+    if constexpr (!Wide && !kWideInputs) put_units<4 * Vectors>(bytes, out, 4 * rows);
     *scale = s.scale;
     *sum = reduce_sum(total);
 }
@@ -104,7 +116,7 @@ QUIRE_INLINE void pack_group(const float* x, bool rotated, uint8_t* out, int64_t
 template <int Vectors, bool Wide>
 void pack_groups(const float* x, int64_t start, int64_t count, const InputRows& all,
                  const InputTile& out, int64_t row) {
-    constexpr int64_t kGroup = 16 * Vectors, kUnit = Wide ? 8 : 4;
+    constexpr int64_t kGroup = 16 * Vectors, kUnit = Wide || kWideInputs ? 8 : 4;
     for (int64_t i = 0; i < count; i += kGroup) {
         const int64_t at = start + i, group = at / kGroup * out.rows + row;
         pack_group<Vectors, Wide>(x + i, all.rotated,

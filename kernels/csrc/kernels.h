@@ -17,11 +17,17 @@ void kv_write(const KvWrite& a, int64_t row);
 void paged_attention(const PagedAttention& a, int64_t unit);
 void merge_attention(const MergeAttention& a, int64_t unit);
 
-// Rows of a tile by input format: 24 sums of 16 lanes, or as many as registers hold.
-constexpr int kTileRows = kRegisters >= 32 ? 12 : 3;
-constexpr int kTileRows16 = kRegisters >= 32 ? 6 : 2;
+// Rows of a tile by input format; kTileRows is what registers hold sums of.
+constexpr int kTileRows16 = kTileRows / kPlanes16;
 constexpr int tile_rows(InputFormat format) {
     return format == InputFormat::int16 ? kTileRows16 : kTileRows;
+}
+
+// Integers are kept in fours of a row: of bytes, 16 bits as two planes of them, where products take
+// bytes; else of 16 bits each, in the order 0, 2, 1, 3.
+constexpr int64_t kFourBytes = kWideInputs ? 8 : 4;
+constexpr int64_t input_bytes(InputFormat format) {
+    return kWideInputs && format == InputFormat::int8 ? 2 : bytes_per_input(format);
 }
 
 // A tile of inputs: rows `row` .. `row + rows - 1`.
@@ -36,7 +42,7 @@ static inline InputTile tile_at(const InputRows& x, int64_t row) {
     const int64_t step = tile_rows(x.format), groups = x.inputs / x.group;
     const int64_t first = row / step * step;
     return {first, smaller_of(step, x.rows - first),
-            x.values + first * x.inputs * bytes_per_input(x.format), x.scales + first * groups,
+            x.values + first * x.inputs * input_bytes(x.format), x.scales + first * groups,
             x.sums + first * groups};
 }
 

@@ -13,7 +13,8 @@
 
 namespace quire::QUIRE_ISA {
 
-constexpr int kRegisters = 8;
+// Half a tile's outputs at once leave registers for more rows.
+constexpr int kRegisters = 8, kColumns = 1, kTileRows = 4;
 
 struct F16 {
     __m256 low, high;
@@ -109,7 +110,6 @@ QUIRE_INLINE F16 load(const int8_t* p) {
 struct I16 {
     __m256i low, high;
 };
-using Weights = I16;
 
 QUIRE_INLINE I16 broadcast_int(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
 QUIRE_INLINE I16 operator+(I16 a, I16 b) {
@@ -148,54 +148,89 @@ QUIRE_INLINE int32_t reduce_larger(I16 a) {
     r = _mm_max_epi32(r, _mm_shuffle_epi32(r, 0x4E));
     return _mm_cvtsi128_si32(_mm_max_epi32(r, _mm_shuffle_epi32(r, 0xB1)));
 }
+QUIRE_INLINE __m256i as_words(I16 a) {
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(a.low, a.high), 0xD8);
+}
+QUIRE_INLINE void store_words(int16_t* p, I16 a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), as_words(a));
+}
 QUIRE_INLINE void store_bytes(int8_t* p, I16 a) {
-    int32_t wide[16];
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(wide), a.low);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(wide + 8), a.high);
-    for (int i = 0; i < 16; ++i) p[i] = int8_t(wide[i]);
+    // The low byte of every word, whatever the high one holds.
+    const __m256i low = _mm256_and_si256(_mm256_set1_epi32(255), a.low);
+    const __m256i high = _mm256_and_si256(_mm256_set1_epi32(255), a.high);
+    const __m256i words = as_words({low, high});
+    const __m256i bytes = _mm256_packus_epi16(words, words);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_castsi256_si128(_mm256_permute4x64_epi64(bytes, 0xD8)));
 }
 
-QUIRE_INLINE Weights load_weights(const uint8_t* p) {
+using Packed = I16;
+QUIRE_INLINE Packed load_weights(const uint8_t* p) {
     auto halves = reinterpret_cast<const __m256i*>(p);
     return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
 }
-QUIRE_INLINE Weights low_nibbles(Weights w) {
+QUIRE_INLINE Packed shifted_nibbles(Packed w) {
+    return {_mm256_srli_epi16(w.low, 4), _mm256_srli_epi16(w.high, 4)};
+}
+
+#if defined(__AVXVNNI__)
+constexpr int kPlanes16 = 2;
+constexpr bool kWideInputs = false;
+using Weights = I16;
+using Inputs = __m256i;
+QUIRE_INLINE Weights bytes_of(Packed w) { return w; }
+QUIRE_INLINE Weights low_nibbles(Packed w) {
     const __m256i mask = _mm256_set1_epi8(15);
     return {_mm256_and_si256(w.low, mask), _mm256_and_si256(w.high, mask)};
 }
-QUIRE_INLINE Weights high_nibbles(Weights w) {
-    return low_nibbles({_mm256_srli_epi16(w.low, 4), _mm256_srli_epi16(w.high, 4)});
-}
-QUIRE_INLINE __m256i broadcast_four(const int8_t* p) {
+QUIRE_INLINE Inputs broadcast_inputs(const uint8_t* p) {
     int32_t four;
     std::memcpy(&four, p, 4);
     return _mm256_set1_epi32(four);
 }
-
-#if defined(__AVXVNNI__)
-using Inputs = __m256i;
-QUIRE_INLINE Inputs broadcast_inputs(const int8_t* p) { return broadcast_four(p); }
-QUIRE_INLINE I16 dot(I16 sum, Weights w, Inputs x) {
+QUIRE_INLINE I16 dot(I16 sum, const Weights& w, Inputs x) {
     return {_mm256_dpbusd_avx_epi32(sum.low, w.low, x), _mm256_dpbusd_avx_epi32(sum.high, w.high, x)};
 }
 #else
-// vpmaddubsw would saturate; bytes widened to 16 bits add up exactly.
+// vpmaddubsw would saturate; bytes widened to 16 bits, times inputs of 16 bits, add up exactly.
+constexpr int kPlanes16 = 1;
+constexpr bool kWideInputs = true;
+struct Weights {
+    I16 even, odd;
+};
 struct Inputs {
     __m256i even, odd;
 };
-QUIRE_INLINE Inputs broadcast_inputs(const int8_t* p) {
-    const __m256i four = broadcast_four(p);
-    return {_mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8), _mm256_srai_epi16(four, 8)};
+QUIRE_INLINE Weights bytes_of(Packed w) {
+    const __m256i mask = _mm256_set1_epi16(255);
+    return {{_mm256_and_si256(w.low, mask), _mm256_and_si256(w.high, mask)},
+            {_mm256_srli_epi16(w.low, 8), _mm256_srli_epi16(w.high, 8)}};
 }
-QUIRE_INLINE __m256i dot_8(__m256i sum, __m256i w, const Inputs& x) {
-    const __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
+QUIRE_INLINE Weights low_nibbles(Packed w) {
+    const __m256i mask = _mm256_set1_epi16(15);
+    const __m256i low = _mm256_srli_epi16(w.low, 8), high = _mm256_srli_epi16(w.high, 8);
+    return {{_mm256_and_si256(w.low, mask), _mm256_and_si256(w.high, mask)},
+            {_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)}};
+}
+QUIRE_INLINE __m256i broadcast_two(const uint8_t* p) {
+    int32_t two;
+    std::memcpy(&two, p, 4);
+    return _mm256_set1_epi32(two);
+}
+QUIRE_INLINE Inputs broadcast_inputs(const uint8_t* p) {
+    return {broadcast_two(p), broadcast_two(p + 4)};
+}
+QUIRE_INLINE __m256i dot_8(__m256i sum, __m256i even, __m256i odd, const Inputs& x) {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, x.even));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, x.odd));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(odd, x.odd));
+    asm("" : "+x"(sum));  // one product after the other: the compiler would keep more than fit
+    return sum;
 }
-QUIRE_INLINE I16 dot(I16 sum, Weights w, Inputs x) {
-    return {dot_8(sum.low, w.low, x), dot_8(sum.high, w.high, x)};
+QUIRE_INLINE I16 dot(I16 sum, const Weights& w, Inputs x) {
+    return {dot_8(sum.low, w.even.low, w.odd.low, x), dot_8(sum.high, w.even.high, w.odd.high, x)};
 }
 #endif
+QUIRE_INLINE Weights high_nibbles(Packed w) { return low_nibbles(shifted_nibbles(w)); }
 
 struct Pairs {
     F16 even, odd;

@@ -11,7 +11,8 @@
 
 namespace quire::QUIRE_ISA {
 
-constexpr int kRegisters = 32;
+constexpr int kRegisters = 32, kColumns = 2, kTileRows = 12, kPlanes16 = 2;
+constexpr bool kWideInputs = false;
 
 struct F16 {
     __m512 all;
@@ -78,6 +79,7 @@ QUIRE_INLINE F16 load(const int8_t* p) {
 struct I16 {
     __m512i all;
 };
+using Packed = I16;
 using Weights = I16;
 using Inputs = I16;
 
@@ -96,16 +98,20 @@ QUIRE_INLINE F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.all)}; }
 QUIRE_INLINE I16 to_int(F16 a) { return {_mm512_cvtps_epi32(a.all)}; }
 QUIRE_INLINE int32_t reduce_sum(I16 a) { return _mm512_reduce_add_epi32(a.all); }
 QUIRE_INLINE int32_t reduce_larger(I16 a) { return _mm512_reduce_max_epi32(a.all); }
+QUIRE_INLINE void store_words(int16_t* p, I16 a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.all));
+}
 QUIRE_INLINE void store_bytes(int8_t* p, I16 a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.all));
 }
 
-QUIRE_INLINE Weights load_weights(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-QUIRE_INLINE Weights low_nibbles(Weights w) {
+QUIRE_INLINE Packed load_weights(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+QUIRE_INLINE Weights bytes_of(Packed w) { return w; }
+QUIRE_INLINE Weights low_nibbles(Packed w) {
     return {_mm512_and_si512(w.all, _mm512_set1_epi8(15))};
 }
-QUIRE_INLINE Weights high_nibbles(Weights w) { return low_nibbles({_mm512_srli_epi16(w.all, 4)}); }
-QUIRE_INLINE Inputs broadcast_inputs(const int8_t* p) {
+QUIRE_INLINE Weights high_nibbles(Packed w) { return low_nibbles({_mm512_srli_epi16(w.all, 4)}); }
+QUIRE_INLINE Inputs broadcast_inputs(const uint8_t* p) {
     int32_t four;
     __builtin_memcpy(&four, p, 4);
     return {_mm512_set1_epi32(four)};

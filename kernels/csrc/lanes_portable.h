@@ -7,7 +7,8 @@
 
 namespace quire::portable {
 
-constexpr int kRegisters = 8;
+constexpr int kRegisters = 0, kColumns = 1, kTileRows = 4, kPlanes16 = 1;
+constexpr bool kWideInputs = true;
 
 struct F16 {
     float lane[16];
@@ -104,9 +105,10 @@ QUIRE_INLINE I16 each_int(Op op) {
     for (int i = 0; i < 16; ++i) r.lane[i] = int32_t(op(i));
     return r;
 }
-struct Weights {
+struct Packed {
     uint8_t byte[64];
 };
+using Weights = Packed;
 struct Inputs {
     int32_t each[4];
 };
@@ -149,24 +151,32 @@ QUIRE_INLINE int32_t reduce_larger(const I16& a) {
     for (int i = 1; i < 16; ++i) top = a.lane[i] > top ? a.lane[i] : top;
     return top;
 }
+QUIRE_INLINE void store_words(int16_t* p, const I16& a) {
+    for (int i = 0; i < 16; ++i) p[i] = int16_t(a.lane[i]);
+}
 QUIRE_INLINE void store_bytes(int8_t* p, const I16& a) {
     for (int i = 0; i < 16; ++i) p[i] = int8_t(a.lane[i]);
 }
 
-QUIRE_INLINE Weights load_weights(const uint8_t* p) {
-    Weights w;
+QUIRE_INLINE Packed load_weights(const uint8_t* p) {
+    Packed w;
     std::memcpy(w.byte, p, 64);
     return w;
 }
-QUIRE_INLINE Weights low_nibbles(Weights w) {
+QUIRE_INLINE Weights bytes_of(const Packed& w) { return w; }
+QUIRE_INLINE Weights low_nibbles(Packed w) {
     for (uint8_t& byte : w.byte) byte &= 15;
     return w;
 }
-QUIRE_INLINE Weights high_nibbles(Weights w) {
+QUIRE_INLINE Weights high_nibbles(Packed w) {
     for (uint8_t& byte : w.byte) byte >>= 4;
     return w;
 }
-QUIRE_INLINE Inputs broadcast_inputs(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+QUIRE_INLINE Inputs broadcast_inputs(const uint8_t* p) {
+    int16_t four[4];
+    std::memcpy(four, p, sizeof four);
+    return {{four[0], four[2], four[1], four[3]}};
+}
 QUIRE_INLINE I16 dot(const I16& sum, const Weights& w, const Inputs& x) {
     I16 r = sum;
     for (int i = 0; i < 16; ++i)

@@ -1,5 +1,5 @@
-// Products of a few rows with one tile of 32 outputs. How many rows share a pass over the weights
-// changes no bit: every output has its own sums. Integers add up exactly within a group; groups are
+// Products of a few rows with one tile of 32 outputs. How many rows and outputs share a pass over
+// the weights changes no bit: every output has its own sums. Integers add up exactly within a group; groups are
 // then added in fp32, in ascending order.
 #include <utility>
 
@@ -12,57 +12,81 @@ namespace {
 // f(0), f(1), ... with constants: what they index stays in registers.
 template <int Count, class F>
 QUIRE_INLINE void each(F f) {
-    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-        (f(std::integral_constant<int, I>{}), ...);
-    }(std::make_integer_sequence<int, Count>{});
+    if constexpr (kRegisters == 0)
+        for (int i = 0; i < Count; ++i) f(i);
+    else
+        [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+            (f(std::integral_constant<int, I>{}), ...);
+        }(std::make_integer_sequence<int, Count>{});
+}
+
+// The same for loads of weights. With few registers, what the compiler would load ahead of its use
+// in an unrolled loop goes to the stack and back.
+template <int Count, class F>
+QUIRE_INLINE void each_load(F f) {
+    if constexpr (kRegisters >= 32)
+        each<Count>(f);
+    else
+#pragma GCC unroll 1
+        for (int i = 0; i < Count; ++i) f(i);
+}
+
+// Calls f(c) for the tile's columns of 16 outputs, as many at once as registers hold sums of.
+template <class F>
+QUIRE_INLINE void each_columns(F f) {
+    for (int c = 0; c < 2; c += kColumns) f(c);
 }
 
 template <int Rows>
-QUIRE_INLINE void put(const F16 (&sum)[Rows][2], float* out, int64_t stride) {
+QUIRE_INLINE void put(const F16 (&sum)[Rows][kColumns], float* out, int64_t stride) {
     for (int r = 0; r < Rows; ++r)
-        for (int c = 0; c < 2; ++c) store(out + r * stride + 16 * c, sum[r][c]);
+        for (int c = 0; c < kColumns; ++c) store(out + r * stride + 16 * c, sum[r][c]);
 }
 
-template <int Rows>
-QUIRE_INLINE void clear(F16 (&sum)[Rows][2]) {
+template <int Rows, int Columns>
+QUIRE_INLINE void clear(F16 (&sum)[Rows][Columns]) {
     for (int r = 0; r < Rows; ++r)
-        for (int c = 0; c < 2; ++c) sum[r][c] = broadcast(0.0f);
+        for (int c = 0; c < Columns; ++c) sum[r][c] = broadcast(0.0f);
 }
 
 template <int Rows>
 void multiply_f32(const Matrix& w, const uint8_t* tile, const InputTile& x, float* out,
                   int64_t stride) {
-    auto inputs = reinterpret_cast<const float*>(x.values);
-    auto weights = reinterpret_cast<const float*>(tile);
-    F16 sum[Rows][2];
-    clear(sum);
-    for (int64_t k = 0; k < w.inputs; ++k, inputs += Rows, weights += 32) {
-        const F16 w0 = load(weights), w1 = load(weights + 16);
-        for (int r = 0; r < Rows; ++r) {
-            const F16 a = broadcast(inputs[r]);
-            sum[r][0] = fma(a, w0, sum[r][0]);
-            sum[r][1] = fma(a, w1, sum[r][1]);
+    each_columns([&](int column) __attribute__((always_inline)) {
+        auto inputs = reinterpret_cast<const float*>(x.values);
+        auto weights = reinterpret_cast<const float*>(tile) + 16 * column;
+        F16 sum[Rows][kColumns];
+        clear(sum);
+        for (int64_t k = 0; k < w.inputs; ++k, inputs += Rows, weights += 32) {
+            F16 wide[kColumns];
+            for (int c = 0; c < kColumns; ++c) wide[c] = load(weights + 16 * c);
+            for (int r = 0; r < Rows; ++r) {
+                const F16 a = broadcast(inputs[r]);
+                for (int c = 0; c < kColumns; ++c) sum[r][c] = fma(a, wide[c], sum[r][c]);
+            }
         }
-    }
-    put(sum, out, stride);
+        put(sum, out + 16 * column, stride);
+    });
 }
 
 template <int Rows>
 void multiply_bf16(const Matrix& w, const uint8_t* tile, const InputTile& x, float* out,
                    int64_t stride) {
-    auto inputs = reinterpret_cast<const bf16*>(x.values);
-    auto weights = reinterpret_cast<const bf16*>(tile);
-    F16 sum[Rows][2];
-    clear(sum);
-    for (int64_t k = 0; k < w.inputs; k += 2, inputs += 2 * Rows, weights += 64) {
-        const Pairs w0 = load_pairs(weights), w1 = load_pairs(weights + 32);
-        for (int r = 0; r < Rows; ++r) {
-            const Pairs a = broadcast_pair(inputs + 2 * r);
-            sum[r][0] = dot(sum[r][0], w0, a);
-            sum[r][1] = dot(sum[r][1], w1, a);
+    each_columns([&](int column) __attribute__((always_inline)) {
+        auto inputs = reinterpret_cast<const bf16*>(x.values);
+        auto weights = reinterpret_cast<const bf16*>(tile) + 32 * column;
+        F16 sum[Rows][kColumns];
+        clear(sum);
+        for (int64_t k = 0; k < w.inputs; k += 2, inputs += 2 * Rows, weights += 64) {
+            Pairs pairs[kColumns];
+            for (int c = 0; c < kColumns; ++c) pairs[c] = load_pairs(weights + 32 * c);
+            for (int r = 0; r < Rows; ++r) {
+                const Pairs a = broadcast_pair(inputs + 2 * r);
+                for (int c = 0; c < kColumns; ++c) sum[r][c] = dot(sum[r][c], pairs[c], a);
+            }
         }
-    }
-    put(sum, out, stride);
+        put(sum, out + 16 * column, stride);
+    });
 }
 
 QUIRE_INLINE F16 load_scales(const uint8_t* p, bool as_bf16) {
@@ -70,38 +94,57 @@ QUIRE_INLINE F16 load_scales(const uint8_t* p, bool as_bf16) {
                    : load_half(reinterpret_cast<const uint16_t*>(p));
 }
 
-// Adds 4 * Fours inputs of every row: [rows][planes][2] sums of 16 outputs.
-template <int Rows, int Planes, bool Nibbles, int Fours>
-QUIRE_INLINE void add_fours(const uint8_t*& weights, const uint8_t*& inputs,
-                            I16 (&sum)[Rows][Planes][2]) {
-    auto add = [&](Weights w0, Weights w1, int four) __attribute__((always_inline)) {
-        each<Rows * Planes>([&](auto i) __attribute__((always_inline)) {
-            constexpr int r = i / Planes, p = i % Planes;
-            const Inputs a = broadcast_inputs(
-                reinterpret_cast<const int8_t*>(inputs + 4 * (four * Rows * Planes + i)));
-            sum[r][p][0] = dot(sum[r][p][0], w0, a);
-            sum[r][p][1] = dot(sum[r][p][1], w1, a);
+// Adds 4 * Fours inputs of every line, a row's plane: [lines][columns] sums of 16 outputs.
+template <int Lines, bool Nibbles, int Fours>
+QUIRE_INLINE void add_fours(const uint8_t* weights, const uint8_t* inputs,
+                            I16 (&sum)[Lines][kColumns]) {
+    auto add = [&](const Weights (&w)[kColumns], int four) __attribute__((always_inline)) {
+        each<Lines>([&](auto line) __attribute__((always_inline)) {
+            const Inputs a = broadcast_inputs(inputs + kFourBytes * (four * Lines + line));
+            for (int c = 0; c < kColumns; ++c) sum[line][c] = dot(sum[line][c], w[c], a);
         });
     };
-    constexpr int kLoads = Nibbles ? Fours / 2 : Fours;
-    each<kLoads>([&](auto i) __attribute__((always_inline)) {
-        const uint8_t* at = weights + 128 * i;
-        const Weights w0 = load_weights(at), w1 = load_weights(at + 64);
+    each_load<Nibbles ? Fours / 2 : Fours>([&](auto i) __attribute__((always_inline)) {
+        Packed packed[kColumns];
+        for (int c = 0; c < kColumns; ++c) packed[c] = load_weights(weights + 128 * i + 64 * c);
+        Weights w[kColumns];
         if constexpr (Nibbles) {
-            add(low_nibbles(w0), low_nibbles(w1), 2 * i);
-            add(high_nibbles(w0), high_nibbles(w1), 2 * i + 1);
+            for (int c = 0; c < kColumns; ++c) w[c] = low_nibbles(packed[c]);
+            add(w, 2 * i);
+            for (int c = 0; c < kColumns; ++c) w[c] = high_nibbles(packed[c]);
+            add(w, 2 * i + 1);
         } else {
-            add(w0, w1, i);
+            for (int c = 0; c < kColumns; ++c) w[c] = bytes_of(packed[c]);
+            add(w, i);
         }
     });
-    weights += 128 * kLoads;
-    inputs += 4 * Fours * Rows * Planes;
+}
+
+// One column's, or both columns', sums over a group: [rows][columns].
+template <int Rows, int Planes, bool Nibbles>
+QUIRE_INLINE void sum_group(int64_t group, bool centred, const uint8_t* weights,
+                            const uint8_t* inputs, const int32_t* sums,
+                            I16 (&sum)[Rows * Planes][kColumns]) {
+    constexpr int kZeroBits = Nibbles ? 3 : 7;  // 8 or 128 stands for 0
+    each<Rows>([&](auto r) __attribute__((always_inline)) {
+        const int32_t zero = centred ? -int32_t(uint32_t(sums[r]) << kZeroBits) : 0;
+        for (int c = 0; c < kColumns; ++c) {
+            sum[r * Planes + Planes - 1][c] = broadcast_int(zero);
+            if constexpr (Planes == 2) sum[r * 2][c] = broadcast_int(0);
+        }
+    });
+    constexpr int kLines = Rows * Planes;
+    if (group == 32) return add_fours<kLines, Nibbles, 8>(weights, inputs, sum);
+    for (int64_t k = 0; k < group; k += 64) {
+        add_fours<kLines, Nibbles, 16>(weights, inputs, sum);
+        weights += 128 * (Nibbles ? 8 : 16);
+        inputs += kFourBytes * 16 * kLines;
+    }
 }
 
 template <int Rows, int Planes, bool Nibbles>
 void multiply_integers(const Matrix& w, const uint8_t* tile, const InputTile& x, float* out,
                        int64_t stride) {
-    constexpr int kZeroBits = Nibbles ? 3 : 7;  // 8 or 128 stands for 0
     const uint8_t* inputs = x.values;
     const float* scales = x.scales;
     const int32_t* sums = x.sums;
@@ -111,40 +154,34 @@ void multiply_integers(const Matrix& w, const uint8_t* tile, const InputTile& x,
         F16 scale[2], offset[2];
         for (int c = 0; c < 2; ++c) scale[c] = load_scales(tile + 32 * c, w.bf16_scales);
         tile += 64;
-        if (w.offsets != Offsets::none) {
+        const bool centred = w.offsets == Offsets::none;
+        if (!centred) {
             for (int c = 0; c < 2; ++c) offset[c] = load_scales(tile + 32 * c, w.bf16_scales);
             tile += 64;
         }
-        I16 sum[Rows][Planes][2];
-        each<Rows>([&](auto r) __attribute__((always_inline)) {
-            const int32_t zero = w.offsets == Offsets::none
-                                     ? -int32_t(uint32_t(sums[r]) << kZeroBits)
-                                     : 0;
-            for (int c = 0; c < 2; ++c) {
-                sum[r][Planes - 1][c] = broadcast_int(zero);
-                if constexpr (Planes == 2) sum[r][0][c] = broadcast_int(0);
-            }
-        });
-        if (w.group == 32)
-            add_fours<Rows, Planes, Nibbles, 8>(tile, inputs, sum);
-        else
-            for (int64_t k = 0; k < w.group; k += 64)
-                add_fours<Rows, Planes, Nibbles, 16>(tile, inputs, sum);
         if (w.offsets == Offsets::zeros)
             for (int c = 0; c < 2; ++c) offset[c] = broadcast(0.0f) - offset[c] * scale[c];
-        each<Rows>([&](auto r) __attribute__((always_inline)) {
-            const float s = scales[r];
-            for (int c = 0; c < 2; ++c) {
-                I16 all = sum[r][Planes - 1][c];
-                if constexpr (Planes == 2) all = all + shift_left<8>(sum[r][0][c]);
-                total[r][c] = fma(to_float(all), scale[c] * broadcast(s), total[r][c]);
-                if (w.offsets != Offsets::none)
-                    total[r][c] = fma(offset[c], broadcast(s * float(sums[r])),
-                                      total[r][c]);
-            }
+        each_columns([&](int column) __attribute__((always_inline)) {
+            I16 sum[Rows * Planes][kColumns];
+            sum_group<Rows, Planes, Nibbles>(w.group, centred, tile + 64 * column, inputs, sums,
+                                             sum);
+            each<Rows>([&](auto r) __attribute__((always_inline)) {
+                const float s = scales[r];
+                for (int c = 0; c < kColumns; ++c) {
+                    I16 all = sum[r * Planes + Planes - 1][c];
+                    if constexpr (Planes == 2) all = all + shift_left<8>(sum[r * 2][c]);
+                    F16& row = total[r][column + c];
+                    row = fma(to_float(all), scale[column + c] * broadcast(s), row);
+                    if (!centred)
+                        row = fma(offset[column + c], broadcast(s * float(sums[r])), row);
+                }
+            });
         });
+        tile += w.group / (Nibbles ? 8 : 4) * 128;
+        inputs += w.group / 4 * kFourBytes * Rows * Planes;
     }
-    put(total, out, stride);
+    for (int r = 0; r < Rows; ++r)
+        for (int c = 0; c < 2; ++c) store(out + r * stride + 16 * c, total[r][c]);
 }
 
 using Multiply = void (*)(const Matrix&, const uint8_t*, const InputTile&, float*, int64_t);
@@ -167,13 +204,13 @@ template <int Rows> struct Int8Rows {
     static constexpr Multiply value = multiply_integers<Rows, 1, false>;
 };
 template <int Rows> struct Int8WideRows {
-    static constexpr Multiply value = multiply_integers<Rows, 2, false>;
+    static constexpr Multiply value = multiply_integers<Rows, kPlanes16, false>;
 };
 template <int Rows> struct Int4Rows {
     static constexpr Multiply value = multiply_integers<Rows, 1, true>;
 };
 template <int Rows> struct Int4WideRows {
-    static constexpr Multiply value = multiply_integers<Rows, 2, true>;
+    static constexpr Multiply value = multiply_integers<Rows, kPlanes16, true>;
 };
 
 constexpr Table<F32Rows, kTileRows> kF32;

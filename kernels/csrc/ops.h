@@ -43,6 +43,7 @@ constexpr int64_t bytes_per_input(InputFormat format) {
     constexpr int64_t bytes[] = {4, 2, 1, 2};
     return bytes[int(format)];
 }
+constexpr int64_t kMostBytesPerInteger = 2;  // some instruction sets multiply no bytes
 
 // Weights packed in tiles of 32 outputs, one after the other, each one run of bytes:
 //   f32    [inputs][32]
@@ -67,6 +68,7 @@ struct Matrix {
 // weights together (the last one has what is left). A few inputs of each row of a tile in turn:
 //   f32    [inputs][rows];        bf16    [inputs / 2][rows][2]
 //   int8   [inputs / 4][rows][4]; int16   [inputs / 4][rows][high, low][4], 256 high + low
+//   or, where products do not take bytes, both [inputs / 4][rows][4] of 16 bits
 // Integers have a scale and a sum per group and row of a tile, [inputs / group][rows].
 struct InputRows {
     InputFormat format;
