@@ -1,12 +1,15 @@
-"""Law 1 for reference ops: a library routine may reduce in an order that depends on its shape.
+"""Law 1 for reference ops: a library routine may reduce in an order that depends on its shape and
+on how many threads share it.
 
-So it is only ever called with one shape: tiles of 16 rows, the last one padded with zeros. What a
-row computes to then depends neither on how many rows there are nor on where it stands among them.
+So it is only ever called with one shape, tiles of 16 rows, the last one padded with zeros, and on
+one thread. What a row computes to then depends neither on how many rows there are nor on where it
+stands among them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +24,20 @@ def map_row_tiles(
 
     ``op`` maps ``[16, K]`` to ``[16, N]``, each row from its own row.
     """
-    for start in range(0, x.shape[0], TILE_ROWS):
-        tile = x[start : start + TILE_ROWS]
-        rows = tile.shape[0]
-        padded = F.pad(tile, (0, 0, 0, TILE_ROWS - rows))
-        out[start : start + rows] = op(padded)[:rows]
+    with _one_thread():
+        for start in range(0, x.shape[0], TILE_ROWS):
+            tile = x[start : start + TILE_ROWS]
+            rows = tile.shape[0]
+            padded = F.pad(tile, (0, 0, 0, TILE_ROWS - rows))
+            out[start : start + rows] = op(padded)[:rows]
     return out
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
