@@ -33,7 +33,12 @@ class DecodeWorker(Worker):
         self._admission = Admission(settings.max_requests, settings.max_queued_tokens)
         self._workers = PrefillWorkers(self.index, self.engine.core.fingerprint.digest.hex())
         self._desk = IntakeDesk(
-            self.engine, self._workers, self.index, self.metrics, settings.handover_idle_s
+            self.engine,
+            self._workers,
+            self.transports,
+            self.index,
+            self.metrics,
+            settings.handover_idle_s,
         )
         servicer = InferenceServicer(
             self.engine,

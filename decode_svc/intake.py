@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,17 +24,23 @@ from engine.lifecycle import Lifecycle
 from engine.mailbox import AsyncEngine
 from engine.outputs import Reserved
 from engine.scheduler import Landed, Reservation
+from engine.telemetry.clock import now_ns
+from engine.telemetry.group_spans import GroupSpans
 from engine.telemetry.logs import fields
 from engine.telemetry.metrics import Metrics
-from engine.telemetry.tracing import stage_span
+from engine.telemetry.tracing import current_context, record_stage, stage_span
 from kvstore.index import HandoverRecord, HandoverState, PageIndex, PageIndexError, WorkerRecord
 from kvstore.landing import Landing, LandingError
 from kvstore.prefix_hash import PrefixHasher
+from kvstore.transports import DEFAULT, PageSource, TransportUnavailable, receive
+from kvstore.transports.choice import Transports
 from kvstore.transports.grpc_wire import (
     WireError,
     commit_from_wire,
     fingerprint_to_wire,
-    frame_from_wire,
+    frames_from_wire,
+    transport_from_wire,
+    transport_to_wire,
 )
 from quire.v1 import prefill_pb2 as pb
 from quire.v1 import prefill_pb2_grpc
@@ -69,6 +76,15 @@ class Wanted:
         return max(self.deadline - time.monotonic(), 0.001)
 
 
+@dataclass(slots=True)
+class _Pulled:
+    """What a handover brought, and when its computation ended, by this process's clock."""
+
+    transport: str = DEFAULT
+    num_bytes: int = 0
+    computed_ns: int = 0
+
+
 class IntakeDesk:
     """Runs handovers into this service's pool."""
 
@@ -76,12 +92,14 @@ class IntakeDesk:
         self,
         engine: AsyncEngine,
         workers: PrefillWorkers,
+        transports: Transports,
         index: PageIndex,
         metrics: Metrics,
         idle_s: float,
     ) -> None:
         self._engine = engine
         self._workers = workers
+        self._transports = transports
         self._index = index
         self._metrics = metrics
         self._idle_s = idle_s
@@ -90,40 +108,66 @@ class IntakeDesk:
     async def fill(self, wanted: Wanted, reserved: Reserved) -> int:
         """Fills reserved pages from a prefill worker; returns how many tokens came that way."""
         reservation = reserved.reservation
-        landed = await self._hand_over(wanted, reservation)
+        computed_ns = await self._hand_over(wanted, reservation)
         num_here = reservation.num_cached_pages * self._engine.core.settings.page_size
-        num_tokens = reservation.num_tokens if landed else num_here
+        num_tokens = num_here if computed_ns is None else reservation.num_tokens
         self._engine.worker.post(Landed(reserved.name, num_tokens))
+        if computed_ns is not None:
+            self._watch_join(computed_ns)
         return num_tokens - num_here
 
     async def close(self) -> None:
         """Waits for what is still being told to others."""
         await asyncio.gather(*self._background, return_exceptions=True)
 
-    async def _hand_over(self, wanted: Wanted, reservation: Reservation) -> bool:
-        """Whether the pages are here, verified and committed."""
+    async def _hand_over(self, wanted: Wanted, reservation: Reservation) -> int | None:
+        """Brings the pages here, verified and committed; when their computation ended, as far as
+        this clock can tell. None if they are not here."""
         worker = await self._choose(wanted)
         if worker is None:
-            return False
+            return None
         self._tell(self._offer(wanted, reservation, worker))
         try:
             with stage_span(Lifecycle.HANDOVER) as span, self._metrics.handover_seconds.time():
                 call = self._call(wanted, reservation, worker)
                 span.set_attribute("quire.worker", worker.boot_id)
                 with _reason_told(span):
-                    num_bytes = await self._pull(call, wanted, reservation, worker)
-                span.set_attribute("quire.bytes", num_bytes)
+                    pulled = await self._pull(call, wanted, reservation, worker)
+                span.set_attribute("quire.transport", pulled.transport)
+                span.set_attribute("quire.bytes", pulled.num_bytes)
         except HandoverFailed as failure:
             self._failed(failure, wanted, worker)
             self._tell(self._settle(call, wanted, worker, HandoverState.FAILED))
-            return False
+            return None
         except asyncio.CancelledError:
             self._tell(self._settle(call, wanted, worker, HandoverState.CANCELLED))
             raise
         self._metrics.handovers.labels("landed").inc()
-        self._metrics.handover_bytes.inc(num_bytes)
+        self._metrics.handover_bytes.labels(pulled.transport).inc(pulled.num_bytes)
+        log.debug(
+            "handover landed",
+            extra=fields(
+                request=wanted.request_id.hex(),
+                worker=worker.boot_id,
+                transport=pulled.transport,
+                bytes=pulled.num_bytes,
+            ),
+        )
         self._tell(self._settle(call, wanted, worker, HandoverState.LANDED))
-        return True
+        return pulled.computed_ns
+
+    def _watch_join(self, computed_ns: int) -> None:
+        """Measures until the engine takes the sequence in: what the requester waited for beyond
+        the prefill itself."""
+        trace = current_context()
+
+        def joined(ended: Future[int]) -> None:
+            if not ended.cancelled():
+                ended_ns = ended.result()
+                self._metrics.handover_exposed_seconds.observe((ended_ns - computed_ns) / 1e9)
+                record_stage(Lifecycle.EXPOSED, computed_ns, ended_ns, trace)
+
+        self._engine.worker.call(lambda _: now_ns()).add_done_callback(joined)
 
     async def _choose(self, wanted: Wanted) -> WorkerRecord | None:
         with stage_span(Lifecycle.CHOOSE) as span:
@@ -155,14 +199,17 @@ class IntakeDesk:
             num_pages_present=reservation.num_cached_pages,
             fingerprint=fingerprint_to_wire(self._engine.core.fingerprint),
             tenant=wanted.tenant,
+            transports=map(
+                transport_to_wire, self._transports.readable(bytes.fromhex(worker.boot_id))
+            ),
         )
         stub = prefill_pb2_grpc.PrefillServiceStub(self._workers.channel(worker))
         return stub.Prefill(request, timeout=wanted.remaining_s)
 
     async def _pull(
         self, call: PrefillCall, wanted: Wanted, reservation: Reservation, worker: WorkerRecord
-    ) -> int:
-        """Pulls all pages and the commit; returns their bytes. Raises HandoverFailed."""
+    ) -> _Pulled:
+        """Pulls all pages and the commit. Raises HandoverFailed."""
         core = self._engine.core
         landing = Landing(
             memory=core.memory,
@@ -177,6 +224,8 @@ class IntakeDesk:
             return await self._read(call, landing, worker)
         except LandingError as error:
             raise HandoverFailed(error.reason, str(error)) from error
+        except TransportUnavailable as error:
+            raise HandoverFailed("transport", str(error)) from error
         except WireError as error:
             raise HandoverFailed("malformed", str(error)) from error
         except TimeoutError as error:
@@ -189,13 +238,10 @@ class IntakeDesk:
                 raise
             raise HandoverFailed("cancelled", "the channel was closed") from None
 
-    async def _read(
-        self,
-        call: PrefillCall,
-        landing: Landing,
-        worker: WorkerRecord,
-    ) -> int:
-        num_bytes = 0
+    async def _read(self, call: PrefillCall, landing: Landing, worker: WorkerRecord) -> _Pulled:
+        pulled = _Pulled()
+        spans = GroupSpans(Lifecycle.LAND, current_context())
+        source: PageSource | None = None
         while True:
             async with asyncio.timeout(self._idle_s):
                 response = await call.read()
@@ -205,13 +251,27 @@ class IntakeDesk:
                 case "accepted":
                     if response.accepted.boot_id.hex() != worker.boot_id:
                         raise HandoverFailed("boot_id", "another worker answered")
-                case "frame":
-                    num_bytes += landing.take(frame_from_wire(response.frame))
+                    chosen = transport_from_wire(response.accepted.transport)
+                    pulled.transport = chosen.name
+                    source = await self._transports.source(
+                        chosen, response.accepted.boot_id, self._engine.core.layout
+                    )
+                case "frames":
+                    began = now_ns()
+                    if source is None:
+                        raise HandoverFailed("malformed", "pages before the request was accepted")
+                    frames = frames_from_wire(response.frames)
+                    num_bytes = await receive(frames, landing, source)
+                    spans.record(frames, began, num_bytes)
+                    pulled.num_bytes += num_bytes
                 case "commit":
+                    commit = commit_from_wire(response.commit)
+                    pulled.computed_ns = now_ns() - round(commit.since_computed_s * 1e9)
+                    spans.end()
                     with stage_span(Lifecycle.VERIFY) as span:
                         span.set_attribute("quire.pages", landing.num_landed_pages)
-                        landing.finish(commit_from_wire(response.commit))
-                    return num_bytes
+                        landing.finish(commit)
+                    return pulled
                 case _:
                     pass
 

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from engine.outputs import (
     ChunkDone,
     Failed,
     Output,
-    PageFinished,
+    PagesComing,
     Preempted,
     Prefilled,
     Reserved,
@@ -44,10 +45,11 @@ from engine.scheduler import (
 from engine.sequence import Goal
 from engine.telemetry.clock import now_ns
 from engine.token_function import TokenChoice, choose, chosen
+from kernels.progress import LayerProgress
 from kernels.ragged import RaggedBatch
 from kvstore.fingerprint import LayoutFingerprint
 from kvstore.memory import PageMemory
-from kvstore.page import PageIdentity, PageReference, SealedPage
+from kvstore.page import PageIdentity, PageReference
 from kvstore.pool import PagePool
 from kvstore.prefix_hash import PrefixHasher
 
@@ -69,7 +71,7 @@ class CoreSettings:
 
 
 class EngineCore:
-    """Runs sequences of one model over one pool."""
+    """Runs sequences of one model over one pool, whose bytes are in ``memory`` if given."""
 
     def __init__(
         self,
@@ -78,18 +80,19 @@ class EngineCore:
         settings: CoreSettings,
         boot_id: bytes,
         clock: Callable[[], float] = time.monotonic,
+        memory: PageMemory | None = None,
     ) -> None:
         self.model = model
         self.boot_id = boot_id
         self.settings = settings
         self.layout = model.spec.page_layout(settings.page_size)
         self.fingerprint = fingerprint_of(model, settings.page_size)
-        self.memory = PageMemory(self.layout, settings.num_pages)
-        self.pool = PagePool(settings.num_pages, settings.page_size, clock)
+        self.memory = memory or PageMemory(self.layout, settings.num_pages)
+        self.pool = PagePool(settings.num_pages, settings.page_size, clock, self.memory.generations)
+        self.progress = LayerProgress(self.memory.groups.layers_per_group)
         self.scheduler = Scheduler(self.pool, settings.limits, self._hasher)
         self._token_bytes = token_bytes
         self._generations: dict[str, Generation] = {}
-        self._sealed: dict[int, SealedPage] = {}
         self._events: list[Event] = []
         self._outputs: list[Output] = []
         self.last_step = StepStats()
@@ -140,23 +143,27 @@ class EngineCore:
 
     def _run(self, plan: StepPlan) -> None:
         started = now_ns()
-        found = self._forward(plan.rows)
+        base = self.progress.num_done
+        found = self._forward(plan.rows, self.progress if plan.coming_pages else None)
         ended = now_ns()
         outcomes = self._choose(found)
         effects = self.scheduler.complete(plan, outcomes)
-        self._publish_pages(effects.finished_pages)
         self._publish_chunks(plan.rows, started, ended)
         self._outputs += [Prefilled(name) for name in effects.prefilled]
         self._publish_faults(effects.faults)
+        if plan.coming_pages:  # a step that failed on the way has told less
+            self.progress.tell(base + self.layout.num_layers)
         self.last_step = self._stats(plan.rows, ended - started)
         self.totals += self.last_step
 
-    def _forward(self, rows: Sequence[PlannedRows]) -> dict[str, Found]:
+    def _forward(
+        self, rows: Sequence[PlannedRows], progress: LayerProgress | None = None
+    ) -> dict[str, Found]:
         """Of each sequence's last row, if wanted, its logits ``[vocab_size]`` or, if that is enough
         for all of them, the id of the largest; or why there are none."""
         wanted = [row.name for row in rows if row.wants_logits]
         best_only = not any(self._generations[name].needs_logits for name in wanted)
-        batch = ragged_batch(rows, best_only)
+        batch = ragged_batch(rows, best_only, progress)
         try:
             result = self.model.forward(batch, self.memory.kv, self.layout)
         except Exception:
@@ -225,7 +232,9 @@ class EngineCore:
         for reservation in plan.reservations:
             generations = tuple(self.pool.ledger[slot].generation for slot in reservation.slots)
             self._outputs.append(Reserved(reservation, generations))
-        self._publish_pages(plan.finished_pages)
+        self._publish_pages(plan.finished_pages, base=-self.layout.num_layers)
+        self._clear_tails(plan.coming_pages)
+        self._publish_pages(plan.coming_pages, base=self.progress.num_done)
         self._outputs += [Prefilled(name) for name in plan.prefilled]
         self._outputs += [Preempted(name) for name in plan.preempted]
         self._publish_faults(plan.faults)
@@ -237,8 +246,15 @@ class EngineCore:
         for violation in self.pool.take_violations():
             log.error("page violation problem=%s", violation)
 
-    def _publish_pages(self, pages: Iterable[FinishedPage]) -> None:
-        self._outputs += [PageFinished(page.name, self._sealed_page(page)) for page in pages]
+    def _publish_pages(self, pages: Iterable[FinishedPage], base: int) -> None:
+        for name, group in groupby(pages, key=lambda page: page.name):
+            self._outputs.append(PagesComing(name, tuple(map(self._identity, group)), base))
+
+    def _clear_tails(self, pages: Iterable[FinishedPage]) -> None:
+        """Before their first layers leave: whatever a slot held before must not leave with them."""
+        for page in pages:
+            if page.num_tokens < self.settings.page_size:
+                self.memory.clear_tail(page.slot, page.num_tokens)
 
     def _publish_chunks(self, rows: Sequence[PlannedRows], started: int, ended: int) -> None:
         for row in rows:
@@ -246,8 +262,7 @@ class EngineCore:
                 chunk = ChunkDone(row.name, row.start, len(row.tokens), started, ended)
                 self._outputs.append(chunk)
 
-    def _sealed_page(self, page: FinishedPage) -> SealedPage:
-        """Identity and digests of a sealed page, computed once per generation of its slot."""
+    def _identity(self, page: FinishedPage) -> PageIdentity:
         reference = PageReference(
             boot_id=self.boot_id,
             slot=page.slot,
@@ -255,13 +270,7 @@ class EngineCore:
             prefix_hash=page.prefix_hash,
             fingerprint=self.fingerprint.digest,
         )
-        identity = PageIdentity(reference, page.page_index, page.num_tokens)
-        known = self._sealed.get(page.slot)
-        if known is None or known.identity != identity:
-            self.memory.clear_tail(page.slot, page.num_tokens)
-            known = SealedPage(identity, self.memory.digests(page.slot, identity))
-            self._sealed[page.slot] = known
-        return known
+        return PageIdentity(reference, page.page_index, page.num_tokens)
 
     def _stats(self, rows: Sequence[PlannedRows], elapsed_ns: int) -> StepStats:
         context = sum(row.start + len(row.tokens) for row in rows)
@@ -293,7 +302,9 @@ def fingerprint_of(model: Model, page_size: int) -> LayoutFingerprint:
     )
 
 
-def ragged_batch(rows: Sequence[PlannedRows], best_only: bool = False) -> RaggedBatch:
+def ragged_batch(
+    rows: Sequence[PlannedRows], best_only: bool = False, progress: LayerProgress | None = None
+) -> RaggedBatch:
     """The planned rows as tensors, in the order of the plan."""
     starts = np.cumsum([0] + [len(row.tokens) for row in rows])
     table = np.full((len(rows), max(len(row.pages) for row in rows)), -1, dtype=np.int32)
@@ -308,4 +319,5 @@ def ragged_batch(rows: Sequence[PlannedRows], best_only: bool = False) -> Ragged
         page_tables=torch.from_numpy(table),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         best_only=best_only,
+        progress=progress,
     )

@@ -9,9 +9,10 @@ from typing import TypeVar
 
 from engine.core import EngineCore, Task
 from engine.errors import EngineFault, QuireError, ResourceExhausted
-from engine.outputs import Failed, Output, PageFinished, Reserved
+from engine.outputs import Failed, Output, PagesComing, Reserved
 from engine.scheduler import Landed, ReadsEnded
 from engine.worker import EngineWorker
+from kvstore.memory import PageDigests
 
 T = TypeVar("T")
 
@@ -39,8 +40,12 @@ class Mailbox:
         self._error = self._error or error
         self._arrived.set()
 
+    def nudge(self) -> None:
+        """Lets ``get`` return: something else than an output may be new."""
+        self._arrived.set()
+
     async def get(self) -> list[Output]:
-        """Everything that has arrived, at least one output. Raises what the request failed with."""
+        """All that has arrived; nothing after a nudge. Raises what the request failed with."""
         await self._arrived.wait()
         self._arrived.clear()
         if self._error is not None:
@@ -58,19 +63,22 @@ class Mailbox:
 
 
 class AsyncEngine:
-    """An engine worker seen from one event loop."""
+    """An engine worker seen from one event loop, for which ``digests`` has its pages' digests."""
 
     def __init__(self, core: EngineCore, on_broken: Callable[[], None] | None = None) -> None:
         self.core = core
         self._loop = asyncio.get_running_loop()
         self._on_broken = on_broken
         self._mailboxes: dict[str, Mailbox] = {}
+        self.digests = PageDigests(core.memory)
         self.worker = EngineWorker(core, self._deliver, self._broken)
 
     def start(self) -> None:
+        self._loop.add_reader(self.core.progress.event, self._progressed)
         self.worker.start()
 
     async def stop(self) -> None:
+        self._loop.remove_reader(self.core.progress.event)
         await asyncio.to_thread(self.worker.stop)
 
     def open(self, names: Sequence[str], limit: int) -> Mailbox:
@@ -99,6 +107,11 @@ class AsyncEngine:
         """Runs ``function`` on the worker's thread, between two steps."""
         return await asyncio.wrap_future(self.worker.call(function))
 
+    def _progressed(self) -> None:
+        self.core.progress.hush()
+        for mailbox in self._mailboxes.values():
+            mailbox.nudge()
+
     def _deliver(self, outputs: list[Output]) -> None:
         self._loop.call_soon_threadsafe(self._dispatch, outputs)
 
@@ -114,8 +127,9 @@ class AsyncEngine:
     def _give_back(self, outputs: Iterable[Output]) -> None:
         """Nobody will act on these: end the reads and writes that were begun on their behalf."""
         for output in outputs:
-            if isinstance(output, PageFinished):
-                self.worker.post(ReadsEnded((output.page.identity.reference.slot,)))
+            if isinstance(output, PagesComing):
+                slots = tuple(page.reference.slot for page in output.pages)
+                self.worker.post(ReadsEnded(slots))
             if isinstance(output, Reserved):
                 self.worker.post(Landed(output.name, 0))
 

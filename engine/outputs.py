@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from engine.errors import QuireError
 from engine.finish import FinishReason
 from engine.scheduler import Reservation
-from kvstore.page import SealedPage
+from kvstore.page import PageIdentity
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,15 @@ class ChunkDone:
 
 
 @dataclass(frozen=True, slots=True)
-class PageFinished:
-    """A page of a prefill sequence is sealed; a read of it has begun on the receiver's behalf."""
+class PagesComing:
+    """Pages of a prefill sequence, in order; a read of each has begun on the receiver's behalf.
+
+    Their first ``n`` layers are final once the engine's ``LayerProgress`` has counted ``base + n``.
+    """
 
     name: str
-    page: SealedPage
+    pages: tuple[PageIdentity, ...]
+    base: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,7 @@ class Failed:
 
 
 Output = (
-    Admitted | Reserved | ChunkDone | PageFinished | Prefilled | Preempted | TokenOutput | Failed
+    Admitted | Reserved | ChunkDone | PagesComing | Prefilled | Preempted | TokenOutput | Failed
 )
 
 

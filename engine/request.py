@@ -24,7 +24,7 @@ from engine.outputs import (
     ChunkDone,
     Failed,
     Output,
-    PageFinished,
+    PagesComing,
     Preempted,
     Prefilled,
     Reserved,
@@ -180,7 +180,7 @@ class _Run:
                 self._num_preemptions += 1
             case TokenOutput():
                 return self._token(output)
-            case Failed() | PageFinished() | Prefilled():
+            case Failed() | PagesComing() | Prefilled():
                 pass
         return None
 

@@ -106,7 +106,8 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class FinishedPage:
-    """A sealed page of a prefill sequence, to be announced; one read of it has begun."""
+    """A page of a prefill sequence, finished already or by the step planned, to be announced; one
+    read of it has begun."""
 
     name: str
     slot: int
@@ -133,10 +134,13 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
+    """``finished_pages`` came from the prefix cache; the step's rows finish ``coming_pages``."""
+
     rows: tuple[PlannedRows, ...] = ()
     admissions: tuple[Admission, ...] = ()
     reservations: tuple[Reservation, ...] = ()
     finished_pages: tuple[FinishedPage, ...] = ()
+    coming_pages: tuple[FinishedPage, ...] = ()
     prefilled: tuple[str, ...] = ()
     preempted: tuple[str, ...] = ()
     faults: tuple[Fault, ...] = ()
@@ -152,7 +156,6 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class StepEffects:
-    finished_pages: tuple[FinishedPage, ...] = ()
     prefilled: tuple[str, ...] = ()
     faults: tuple[Fault, ...] = ()
 
@@ -197,11 +200,13 @@ class Scheduler:
                 self._take(event)
         preempted = self._grow()
         admitted = self._admit()
+        rows, coming = self._plan_rows()
         return StepPlan(
-            rows=tuple(self._rows(name, count) for name, count in self._share_budget()),
+            rows=tuple(rows),
             admissions=tuple(admitted.admissions),
             reservations=tuple(admitted.reservations),
             finished_pages=tuple(admitted.finished_pages),
+            coming_pages=tuple(coming),
             prefilled=tuple(admitted.prefilled),
             preempted=tuple(preempted),
             faults=self._take_faults(),
@@ -209,7 +214,6 @@ class Scheduler:
 
     def complete(self, plan: StepPlan, outcomes: Mapping[str, Outcome | None]) -> StepEffects:
         """Books a step that ran. An outcome of None means the sequence failed and is gone."""
-        finished_pages: list[FinishedPage] = []
         prefilled: list[str] = []
         for rows in plan.rows:
             outcome = outcomes[rows.name]
@@ -219,17 +223,17 @@ class Scheduler:
             with self._guarded(rows):
                 sequence = self._sequences[rows.name]
                 sequence.num_computed += len(rows.tokens)
-                finished_pages += self._seal_full_pages(sequence)
+                self._seal_full_pages(sequence)
                 if sequence.has_prompt:
                     self._wake_followers(sequence.name)
                 if sequence.goal is Goal.PREFILL and sequence.num_remaining == 0:
-                    finished_pages += self._end_prefill(sequence)
+                    self._end_prefill(sequence)
                     prefilled.append(sequence.name)
                 if outcome.token_id is not None:
                     sequence.tokens.append(outcome.token_id)
                 if outcome.finished:
                     self._drop(rows.name)
-        return StepEffects(tuple(finished_pages), tuple(prefilled), self._take_faults())
+        return StepEffects(tuple(prefilled), self._take_faults())
 
     # -- events
 
@@ -386,7 +390,7 @@ class Scheduler:
         if sequence.has_prompt:
             self._wake_followers(sequence.name)
         if sequence.num_remaining == 0:
-            admitted.finished_pages += self._end_prefill(sequence)
+            self._end_prefill(sequence)
             admitted.prefilled.append(sequence.name)
 
     def _give_pages(self, sequence: Sequence) -> bool:
@@ -436,48 +440,63 @@ class Scheduler:
 
     # -- sealing
 
-    def _seal_full_pages(self, sequence: Sequence) -> list[FinishedPage]:
+    def _seal_full_pages(self, sequence: Sequence) -> None:
         full = sequence.num_computed // self.pool.page_size
-        sealed = [self._seal_next(sequence) for _ in range(len(sequence.page_names), full)]
-        return sealed if sequence.goal is Goal.PREFILL else []
+        for _ in range(len(sequence.page_names), full):
+            self._seal_next(sequence)
 
-    def _seal_next(self, sequence: Sequence) -> FinishedPage:
+    def _seal_next(self, sequence: Sequence) -> None:
         index = len(sequence.page_names)
         num_tokens = min(self.pool.page_size, sequence.num_computed - index * self.pool.page_size)
         name = sequence.name_next_page()
-        slot = sequence.pages[index]
-        self.pool.seal(slot, name, num_tokens)
-        return self._announce(sequence, index, slot, num_tokens, name)
+        self.pool.seal(sequence.pages[index], name, num_tokens)
 
-    def _announce_cached(self, sequence: Sequence) -> list[FinishedPage]:
-        if sequence.goal is not Goal.PREFILL:
-            return []
-        size = self.pool.page_size
-        return [
-            self._announce(sequence, index, sequence.pages[index], size, name)
-            for index, name in enumerate(sequence.page_names)
-        ]
-
-    def _announce(
-        self, sequence: Sequence, index: int, slot: int, num_tokens: int, name: bytes
-    ) -> FinishedPage:
-        if sequence.goal is Goal.PREFILL:
-            self.pool.ledger.begin_read(slot)
-        return FinishedPage(sequence.name, slot, index, num_tokens, name)
-
-    def _end_prefill(self, sequence: Sequence) -> list[FinishedPage]:
+    def _end_prefill(self, sequence: Sequence) -> None:
         """Seals the last, partial page and leases all pages under the sequence's name."""
-        rest = []
         if len(sequence.page_names) * self.pool.page_size < sequence.num_computed:
-            rest.append(self._seal_next(sequence))
+            self._seal_next(sequence)
         name = sequence.name
         self.pool.lease(sequence.pages, name)
         self._leased[name] = sequence.pages
         self._running.remove(name)
         del self._sequences[name]
-        return rest
+
+    # -- announcing
+
+    def _announce_cached(self, sequence: Sequence) -> list[FinishedPage]:
+        if sequence.goal is not Goal.PREFILL:
+            return []
+        size = self.pool.page_size
+        for slot in sequence.pages[: len(sequence.page_names)]:
+            self.pool.ledger.begin_read(slot)
+        return [
+            FinishedPage(sequence.name, sequence.pages[index], index, size, name)
+            for index, name in enumerate(sequence.page_names)
+        ]
+
+    def _announce_coming(self, rows: PlannedRows) -> list[FinishedPage]:
+        """The pages that these rows finish: their content is settled, so they have names already,
+        and their first layers may leave while the last are computed."""
+        sequence = self._sequences[rows.name]
+        if sequence.goal is not Goal.PREFILL:
+            return []
+        pages = [
+            FinishedPage(sequence.name, sequence.pages[index], index, num_tokens, name)
+            for index, num_tokens, name in sequence.coming_pages(rows.start + len(rows.tokens))
+        ]
+        self.pool.begin_exports([page.slot for page in pages], sequence.name)
+        return pages
 
     # -- plan
+
+    def _plan_rows(self) -> tuple[list[PlannedRows], list[FinishedPage]]:
+        rows, coming = [], []
+        for name, count in self._share_budget():
+            each = self._rows(name, count)
+            with self._guarded(each):
+                coming += self._announce_coming(each)
+                rows.append(each)
+        return rows, coming
 
     def _rows(self, name: str, count: int) -> PlannedRows:
         sequence = self._sequences[name]

@@ -59,6 +59,19 @@ class Sequence:
         """Names of the full pages another sequence may have computed: all before the last token."""
         return self.hasher.full_pages(self.tokens[: len(self.tokens) - 1])
 
+    def coming_pages(self, num_computed: int) -> list[tuple[int, int, bytes]]:
+        """(index, number of tokens, name) of the pages that are finished, but not yet sealed, once
+        ``num_computed`` tokens are: full ones, and the last one with the last token."""
+        size = self.hasher.page_size
+        tokens = self.tokens[:num_computed]
+        names = self.hasher.full_pages(tokens, self.page_names)
+        pages = [(index, size, names[index]) for index in range(len(self.page_names), len(names))]
+        rest = tokens[len(names) * size :]
+        if rest and num_computed == self.num_wanted:
+            parent = names[-1] if names else ROOT
+            pages.append((len(names), len(rest), self.hasher.extend(parent, rest)))
+        return pages
+
     def name_next_page(self) -> bytes:
         """Names the first unsealed page from its tokens and counts it as sealed."""
         start = len(self.page_names) * self.hasher.page_size

@@ -36,6 +36,9 @@ class Decoder:
         logit_rows: Tensor,
         logits: Tensor | None,
         best_ids: Tensor,
+        layers_done: Tensor | None = None,
+        mark_every: int = 1,
+        progress_event: int = -1,
     ) -> None: ...
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None: ...

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.progress import LayerProgress
+
 
 @dataclass(frozen=True, slots=True)
 class RaggedBatch:
@@ -15,7 +17,7 @@ class RaggedBatch:
     positions; row ``t`` attends to positions ``0 .. positions[t]`` of its own sequence, its own key
     included. ``page_tables[s]`` lists the page slots of sequence ``s`` from position 0; entries
     past the last needed page are -1. With ``best_only`` nobody wants the logits, only the id of
-    each row's largest one.
+    each row's largest one. ``progress`` is told as the layers' keys and values are written.
     """
 
     token_ids: torch.Tensor  # [T] int64
@@ -24,6 +26,7 @@ class RaggedBatch:
     page_tables: torch.Tensor  # [S, max_pages] int32
     logit_rows: torch.Tensor  # [R] int64, ascending rows whose logits are wanted (may be empty)
     best_only: bool = False
+    progress: LayerProgress | None = None
 
     @property
     def num_rows(self) -> int:

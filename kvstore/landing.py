@@ -2,16 +2,18 @@
 
 The receiver is the only writer of its memory. Each frame names what it claims to be; it is compared
 with what this receiver asked for (the chain hash of its own tokens, the fingerprint, the owner that
-accepted the request, order and counts), copied into the reserved slot, and digested *there*, after
-the copy. The commit must agree with the sum of it all.
+accepted the request, counts), copied into the reserved slot by whatever transport, and digested
+*there*, after the copy. Frames may come in any order, each once. The commit must agree with the sum
+of it all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from kvstore.memory import PageMemory
-from kvstore.page import Commit, PageFrame, PageIdentity, digest_of, group_digest
+from kvstore.page import Commit, PageFrame, PageReference, digest_of, group_digest
 from kvstore.prefix_hash import PrefixHasher
 
 
@@ -23,10 +25,35 @@ class LandingError(Exception):
         self.reason = reason
 
 
+class LandingPlace(Protocol):
+    """Where frames go, whatever brings them: ``claim``, copy, ``verify`` for each, then ``finish``.
+
+    ``kvstore.transports.receive`` does the first three. All raise LandingError.
+    """
+
+    @property
+    def num_landed_pages(self) -> int:
+        """Pages that are here in full and verified."""
+        ...
+
+    def claim(self, frame: PageFrame) -> memoryview:
+        """Where the frame's bytes must go, if it is one that was asked for; for once."""
+        ...
+
+    def verify(self, frame: PageFrame) -> None:
+        """Digests what is now where the frame was to go."""
+        ...
+
+    def finish(self, commit: Commit) -> None:
+        """Compares the commit with what arrived."""
+        ...
+
+
 class Landing:
     """Takes in the pages of prompt tokens ``[0, num_tokens)`` from page ``first_page`` on.
 
-    ``slots`` are the reserved slots for pages ``first_page, first_page + 1, ...`` in order.
+    ``slots`` are the reserved slots for pages ``first_page, first_page + 1, ...`` in order; the
+    pages that come are of the same layout as this pool's.
     """
 
     def __init__(
@@ -40,72 +67,125 @@ class Landing:
         owner: bytes,
     ) -> None:
         self._memory = memory
-        self._first_page = first_page
         self._slots = slots
-        self._fingerprint = fingerprint
-        self._owner = owner
         self._tokens = prompt_ids[: len(prompt_ids) - 1]
-        self._page_size = hasher.page_size
-        self._names = hasher.full_pages(self._tokens)
-        if len(self._tokens) % self._page_size:
-            self._names.append(hasher.prompt(self._tokens))
-        self._group_digests: list[bytes] = []
-        self._seal_digests: list[bytes] = []
-        self._identity: PageIdentity | None = None
+        names = hasher.full_pages(self._tokens)
+        if len(self._tokens) % hasher.page_size:
+            names.append(hasher.prompt(self._tokens))
+        self._book = PageBook(
+            names=names,
+            first_page=first_page,
+            num_tokens=len(self._tokens),
+            page_size=hasher.page_size,
+            num_groups=memory.groups.count,
+            fingerprint=fingerprint,
+            owner=owner,
+        )
 
     @property
     def num_landed_pages(self) -> int:
-        """Pages from ``first_page`` on that are here in full and verified."""
-        return len(self._seal_digests)
+        return self._book.num_landed_pages
 
-    def take(self, frame: PageFrame) -> int:
-        """Copies a frame in and verifies it; returns its bytes. Raises LandingError."""
-        self._check_claim(frame)
-        slot = self._slots[self.num_landed_pages]
-        target = self._memory.group(slot, frame.layer_group)
-        if len(frame.payload) != len(target):
-            raise LandingError("size", f"payload has {len(frame.payload)} bytes, not {len(target)}")
-        target[:] = frame.payload
+    def claim(self, frame: PageFrame) -> memoryview:
+        place = self._book.claim(frame)
+        return self._memory.group(self._slots[place], frame.layer_group)
+
+    def verify(self, frame: PageFrame) -> None:
+        place = self._book.place_of(frame)
+        target = self._memory.group(self._slots[place], frame.layer_group)
         found = group_digest(frame.identity, frame.layer_group, frame.num_layer_groups, target)
         if found != frame.digest:
             raise LandingError("digest", "payload does not match its digest")
-        self._identity = frame.identity
-        self._group_digests.append(found)
-        if len(self._group_digests) == self._memory.num_layer_groups:
-            self._seal_digests.append(digest_of(self._group_digests))
-            self._group_digests.clear()
-        return len(target)
+        self._book.landed(frame)
 
     def finish(self, commit: Commit) -> None:
-        """Compares the commit with what arrived. Raises LandingError."""
-        if self.num_landed_pages != len(self._slots) or self._group_digests:
+        self._book.finish(commit)
+
+
+class PageBook:
+    """What was asked of one owner, and what of it has come: claims and digests, but no bytes.
+
+    ``names`` are those of all pages of the prompt, in the owner's page size; those from
+    ``first_page`` on are wanted. Methods raise LandingError.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[bytes],
+        first_page: int,
+        num_tokens: int,
+        page_size: int,
+        num_groups: int,
+        fingerprint: bytes,
+        owner: bytes,
+    ) -> None:
+        self._names = names
+        self._first_page = first_page
+        self._num_tokens = num_tokens
+        self._page_size = page_size
+        self._num_groups = num_groups
+        self._fingerprint = fingerprint
+        self._owner = owner
+        num_wanted = len(names) - first_page
+        self._references: list[PageReference | None] = [None] * num_wanted
+        self._claimed: set[tuple[int, int]] = set()
+        self._digests: list[dict[int, bytes]] = [{} for _ in range(num_wanted)]
+
+    @property
+    def num_landed_pages(self) -> int:
+        return sum(len(digests) == self._num_groups for digests in self._digests)
+
+    def place_of(self, frame: PageFrame) -> int:
+        """Of the frame's page among those wanted."""
+        return frame.identity.page_index - self._first_page
+
+    def claim(self, frame: PageFrame) -> int:
+        """Checks that the frame is one that was asked for and has not come; its place."""
+        place, group = self.place_of(frame), frame.layer_group
+        self._check_place(frame, place)
+        self._check_reference(frame)
+        known = self._references[place]
+        if known is not None and known != frame.identity.reference:
+            raise LandingError("generation", "layer groups of one page differ in reference")
+        self._references[place] = frame.identity.reference
+        self._claimed.add((place, group))
+        return place
+
+    def landed(self, frame: PageFrame) -> None:
+        """The frame's bytes are where they belong, and its digest is theirs."""
+        assert (self.place_of(frame), frame.layer_group) in self._claimed
+        self._digests[self.place_of(frame)][frame.layer_group] = frame.digest
+
+    def finish(self, commit: Commit) -> None:
+        if self.num_landed_pages != len(self._digests):
             raise LandingError("incomplete", "commit before the last page")
-        if commit.num_tokens != len(self._tokens) or commit.num_pages != len(self._names):
+        if commit.num_tokens != self._num_tokens or commit.num_pages != len(self._names):
             raise LandingError("commit", "commit counts other pages or tokens than asked for")
         if self._names and commit.prompt_hash != self._names[-1]:
             raise LandingError("commit", "commit is for another prompt")
-        if commit.pages_digest != digest_of(self._seal_digests):
+        seals = [digest_of(digests[group] for group in range(self._num_groups))
+                 for digests in self._digests]  # fmt: skip
+        if commit.pages_digest != digest_of(seals):
             raise LandingError("commit", "commit does not match the pages that arrived")
 
-    def _check_claim(self, frame: PageFrame) -> None:
-        reference = frame.identity.reference
-        landed = self.num_landed_pages
-        if landed >= len(self._slots):
-            raise LandingError("order", "more pages than were asked for")
-        index = self._first_page + landed
-        group = len(self._group_digests)
-        num_tokens = min(self._page_size, len(self._tokens) - index * self._page_size)
-        if frame.identity.page_index != index or frame.layer_group != group:
-            raise LandingError("order", "page or layer group out of order")
-        if frame.num_layer_groups != self._memory.num_layer_groups:
+    def _check_place(self, frame: PageFrame, place: int) -> None:
+        if not 0 <= place < len(self._digests):
+            raise LandingError("order", "a page that was not asked for")
+        if frame.num_layer_groups != self._num_groups:
             raise LandingError("layout", "page is split into another number of layer groups")
-        if frame.identity.num_tokens != num_tokens:
+        if frame.layer_group >= self._num_groups:
+            raise LandingError("order", "a layer group that pages do not have")
+        if (place, frame.layer_group) in self._claimed:
+            raise LandingError("order", "a layer group of a page came twice")
+
+    def _check_reference(self, frame: PageFrame) -> None:
+        identity, reference = frame.identity, frame.identity.reference
+        rest = self._num_tokens - identity.page_index * self._page_size
+        if identity.num_tokens != min(self._page_size, rest):
             raise LandingError("hash", "page holds another number of tokens")
         if reference.boot_id != self._owner:
             raise LandingError("boot_id", "page belongs to another boot identity")
         if reference.fingerprint != self._fingerprint or reference.kv_group != 0:
             raise LandingError("fingerprint", "page has another layout fingerprint")
-        if reference.prefix_hash != self._names[index]:
+        if reference.prefix_hash != self._names[identity.page_index]:
             raise LandingError("hash", "page stands for other tokens")
-        if group and frame.identity != self._identity:
-            raise LandingError("generation", "layer groups of one page differ in reference")

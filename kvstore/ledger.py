@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 
 class PageState(StrEnum):
@@ -73,12 +74,27 @@ class PageRecord:
         return ", ".join(holds) or "free"
 
 
-class Ledger:
-    """States and holders of ``num_pages`` slots. One thread uses it."""
+class Generations(Protocol):
+    """A list of one number per slot."""
 
-    def __init__(self, num_pages: int, clock: Callable[[], float]) -> None:
+    def __setitem__(self, slot: int, generation: int, /) -> None: ...
+
+
+class Ledger:
+    """States and holders of ``num_pages`` slots. One thread uses it.
+
+    ``generations``, if given, repeats every slot's generation where other processes can see it.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        clock: Callable[[], float],
+        generations: Generations | None = None,
+    ) -> None:
         assert num_pages > 0
         self._clock = clock
+        self._generations: Generations = [0] * num_pages if generations is None else generations
         self._records = [PageRecord(slot) for slot in range(num_pages)]
         self._free_slots = deque(range(num_pages))
         self._counts = Counter({PageState.FREE: num_pages})
@@ -102,6 +118,8 @@ class Ledger:
             return None
         record = self._records[self._free_slots.popleft()]
         record.generation += 1
+        # Before anybody writes: who copied the old content and then looks here knows that it moved.
+        self._generations[record.slot] = record.generation
         record.owners.add(owner)
         record.since = self._clock()
         self._move(record, PageState.FILLING)
@@ -146,6 +164,13 @@ class Ledger:
 
     def begin_read(self, slot: int) -> None:
         self._expect(slot, PageState.SEALED, "read").num_readers += 1
+
+    def begin_export(self, slot: int, owner: str) -> None:
+        """A read of a page its owner still fills: what is final of it may leave before the rest."""
+        record = self._expect(slot, PageState.FILLING, "export")
+        if owner not in record.owners:
+            raise self._violated(record, f"exported by {owner}, who does not own it")
+        record.num_readers += 1
 
     def end_read(self, slot: int) -> None:
         record = self._records[slot]

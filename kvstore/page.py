@@ -57,37 +57,31 @@ class PageIdentity:
 
 
 @dataclass(frozen=True, slots=True)
-class SealedPage:
-    """A finished page as its owner announces it: identity and one digest per layer group."""
-
-    identity: PageIdentity
-    group_digests: tuple[bytes, ...]
-
-    @property
-    def seal_digest(self) -> bytes:
-        """Digest over the group digests, 16 bytes."""
-        return digest_of(self.group_digests)
-
-
-@dataclass(frozen=True, slots=True)
 class PageFrame:
-    """One layer group of one page on its way; ``payload`` is in the layout's byte order."""
+    """One layer group of one page, announced with its digest.
+
+    ``payload`` is in the layout's byte order; None where the receiver reads it out of the pool.
+    """
 
     identity: PageIdentity
     layer_group: int
     num_layer_groups: int
-    payload: Payload
+    payload: Payload | None
     digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Ends a handover: how much it was, and a digest over everything sent."""
+    """Ends a handover: how much it was, and a digest over everything sent.
+
+    ``since_computed_s`` is how long before this the prompt's computation ended, at the owner.
+    """
 
     num_pages: int
     num_tokens: int
     pages_digest: bytes
     prompt_hash: bytes
+    since_computed_s: float = 0.0
 
 
 def group_digest(

@@ -10,15 +10,21 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
-from kvstore.ledger import Ledger, PageState, PageViolation
+from kvstore.ledger import Generations, Ledger, PageState, PageViolation
 
 
 class PagePool:
     """Allocation, sharing and eviction over one ledger. One thread uses it."""
 
-    def __init__(self, num_pages: int, page_size: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        clock: Callable[[], float],
+        generations: Generations | None = None,
+    ) -> None:
         self.page_size = page_size
-        self.ledger = Ledger(num_pages, clock)
+        self.ledger = Ledger(num_pages, clock, generations)
         self._cached: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._published: list[bytes] = []
@@ -102,6 +108,15 @@ class PagePool:
                 self.end_lease(slots[:position], holder)
                 raise
         self.release(slots, holder)
+
+    def begin_exports(self, slots: Sequence[int], owner: str) -> None:
+        """Reads of pages that ``owner`` fills: of all of them, or of none if one is refused."""
+        for position, slot in enumerate(slots):
+            try:
+                self.ledger.begin_export(slot, owner)
+            except PageViolation:
+                self.end_reads(slots[:position])
+                raise
 
     def end_lease(self, slots: Sequence[int], holder: str) -> None:
         self._let_go(slots, lambda slot: self.ledger.end_lease(slot, holder))

@@ -15,18 +15,22 @@ from engine.outputs import Admitted
 from engine.serving.status import maps_errors
 from engine.telemetry.metrics import Metrics
 from kvstore.fingerprint import LayoutFingerprint
-from kvstore.page import Commit, PageFrame
+from kvstore.page import Commit
+from kvstore.transports import TransportAddress, TransportUnavailable
+from kvstore.transports.choice import Transports
 from kvstore.transports.grpc_wire import (
     WireError,
     commit_to_wire,
     fingerprint_from_wire,
     frame_to_wire,
+    transport_from_wire,
+    transport_to_wire,
 )
 from prefill_svc.config import PrefillSettings
-from prefill_svc.export import Export, Message
+from prefill_svc.export import Export, Message, num_bytes
 from prefill_svc.handovers import Handovers
+from quire.v1 import pages_pb2, prefill_pb2_grpc
 from quire.v1 import prefill_pb2 as pb
-from quire.v1 import prefill_pb2_grpc
 
 _REQUEST_ID_BYTES = 16
 _MAX_TENANT = 128
@@ -42,12 +46,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         capacity: Capacity,
         settings: PrefillSettings,
         handovers: Handovers,
+        transports: Transports,
         metrics: Metrics,
     ) -> None:
         self._engine = engine
         self._capacity = capacity
         self._settings = settings
         self._handovers = handovers
+        self._transports = transports
         self._metrics = metrics
         self.draining = False
         self.num_active = 0
@@ -58,6 +64,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.PrefillResponse]:
         prompt_ids = self._admit(request)
+        transport = self._transport(request)
         name = f"{request.request_id.hex()}/{request.attempt}"
         self._handovers.begin(
             request.request_id, request.attempt, lambda: self._engine.worker.cancel(name)
@@ -67,7 +74,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self.queued_tokens += len(prompt_ids)
         try:
             self._engine.submit([PrefillTask(name, prompt_ids, request.tenant)])
-            async for response in self._responses(request, mailbox):
+            async for response in self._responses(request, mailbox, transport):
                 yield response
             self._handovers.committed(request.request_id, request.attempt)
             self._engine.detach(mailbox)
@@ -96,9 +103,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             raise InvalidRequest("tenant", "it is too long", f"0 to {_MAX_TENANT} characters")
         if request.kv_group != 0:
             raise InvalidRequest("kv_group", f"it is {request.kv_group}", "0")
-        names = [transport.name for transport in request.transports]
-        if names and "grpc" not in names:
-            raise InvalidRequest("transports", f"only {', '.join(names)}", "grpc")
         self._check_fingerprint(request)
         check_prompt(request.token_ids, self._capacity)
         present = request.num_pages_present * self._engine.core.settings.page_size
@@ -108,6 +112,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             )
         self._check_load(len(request.token_ids))
         return tuple(request.token_ids)
+
+    def _transport(self, request: pb.PrefillRequest) -> TransportAddress:
+        readable = [transport_from_wire(each) for each in request.transports]
+        try:
+            return self._transports.choose(readable)
+        except TransportUnavailable as error:
+            allowed = ", ".join(self._transports.names)
+            raise InvalidRequest("transports", str(error), allowed) from None
 
     def _check_fingerprint(self, request: pb.PrefillRequest) -> None:
         try:
@@ -128,31 +140,39 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             raise ResourceExhausted(f"{self.queued_tokens} prompt tokens are in progress")
 
     async def _responses(
-        self, request: pb.PrefillRequest, mailbox: Mailbox
+        self, request: pb.PrefillRequest, mailbox: Mailbox, transport: TransportAddress
     ) -> AsyncIterator[pb.PrefillResponse]:
-        num_tokens = len(request.token_ids) - 1
-        export = Export(self._engine, mailbox, num_tokens, request.num_pages_present)
+        export = Export(
+            self._engine,
+            mailbox,
+            len(request.token_ids) - 1,
+            request.num_pages_present,
+            with_payload=self._transports.carries_payload(transport),
+        )
         messages = export.messages()
         try:
             async for message in messages:
-                yield self._to_wire(message)
+                yield self._to_wire(message, transport)
         finally:
             await messages.aclose()
 
-    def _to_wire(self, message: Message) -> pb.PrefillResponse:
+    def _to_wire(self, message: Message, transport: TransportAddress) -> pb.PrefillResponse:
         match message:
             case Admitted():
                 accepted = pb.PrefillAccepted(
                     boot_id=self._engine.core.boot_id,
                     cached_tokens=message.cached_tokens,
                     lease_s=self._handovers.lease_s,
+                    transport=transport_to_wire(transport),
                 )
                 return pb.PrefillResponse(accepted=accepted)
-            case PageFrame():
-                self._metrics.handover_bytes.inc(len(message.payload))
-                return pb.PrefillResponse(frame=frame_to_wire(message))
             case Commit():
                 self._metrics.handovers.labels("committed").inc()
                 return pb.PrefillResponse(commit=commit_to_wire(message))
             case int():
                 return pb.PrefillResponse(progress=pb.PrefillProgress(num_tokens=message))
+            case _:
+                moved = num_bytes(message, self._engine.core.memory.groups)
+                self._metrics.handover_bytes.labels(transport.name).inc(moved)
+                frames = pages_pb2.PageFrames(frames=map(frame_to_wire, message))
+                return pb.PrefillResponse(frames=frames)

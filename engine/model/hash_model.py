@@ -56,9 +56,12 @@ class HashModel:
 
     def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
         pages, offsets = row_slots(batch, layout.page_size)
+        base = batch.progress.num_done if batch.progress else 0
         for layer in range(NUM_LAYERS):
             keys, values = _content(batch, layer)  # [T, 1, HEAD_DIM] each
             kv_write(keys, values, kv, layer, pages, offsets, layout)
+            if batch.progress is not None:
+                batch.progress.layer_done(base, layer, NUM_LAYERS)
         logits = torch.empty(len(batch.logit_rows), VOCAB_SIZE)
         ends = batch.query_starts[1:]
         for index, row in enumerate(batch.logit_rows):

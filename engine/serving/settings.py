@@ -11,6 +11,7 @@ from engine.modes import DEFAULT_WEIGHTS, KV_MODES, WEIGHT_MODES
 from engine.scheduler import SchedulerLimits
 from engine.serving.server import Listen
 from engine.telemetry.logs import LEVELS
+from kvstore.transports.choice import AUTO, NAMES
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class WorkerSettings:
         help="a prompt with fewer uncached tokens is prefilled where it is decoded",
         minimum=1,
         maximum=2**31 - 1,
+    )
+    transports: tuple[str, ...] = setting(
+        ("auto",),
+        help="how pages may be handed over, best first; auto: shm where it can be had, then grpc",
+        choices=(AUTO, *NAMES),
     )
     drain_s: float = setting(
         30.0, help="seconds running requests have at shutdown", minimum=0.0, maximum=86400.0

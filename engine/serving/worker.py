@@ -14,6 +14,7 @@ import grpc
 
 from engine.admission import Capacity
 from engine.core import EngineCore
+from engine.errors import InvalidRequest
 from engine.mailbox import AsyncEngine
 from engine.model.load import LoadedModel, load_model
 from engine.progress import default_progress
@@ -27,6 +28,8 @@ from engine.telemetry.tracing import setup_tracing
 from kvstore.index import PageIndex, WorkerLoad, WorkerRecord, WorkerRole
 from kvstore.index.memory import MemoryPageIndex
 from kvstore.ledger import PageState
+from kvstore.transports import TransportUnavailable
+from kvstore.transports.choice import Transports, open_memory
 from quire.v1 import admin_pb2_grpc
 
 BOOT_ID_BYTES = 16
@@ -50,6 +53,7 @@ class Worker(ABC):
         self.state = "starting"
         self.broken = False
         self.engine: AsyncEngine
+        self._transports: Transports | None = None
         self.index: PageIndex = _open_index(settings.redis)
         self._request_stop = request_stop
         self._handlers = LateHandlers(self.service_names)
@@ -66,6 +70,12 @@ class Worker(ABC):
     @property
     def service_names(self) -> tuple[str, ...]:
         return (self.main_service, ADMIN_SERVICE)
+
+    @property
+    def transports(self) -> Transports:
+        """How pages come and go; once the model is loaded."""
+        assert self._transports is not None
+        return self._transports
 
     @abstractmethod
     def install(self, loaded: LoadedModel, capacity: Capacity, handlers: LateHandlers) -> None:
@@ -91,7 +101,7 @@ class Worker(ABC):
             kv=None if settings.kv == "auto" else settings.kv,
             progress=default_progress(),
         )
-        core = EngineCore(loaded.model, loaded.tokenizer.token_bytes, settings.core, self.boot_id)
+        core = await self._core(loaded)
         self.engine = AsyncEngine(core, self._engine_broke)
         self.engine.start()
         capacity = Capacity.of(loaded.model.spec, settings.core.num_pages, settings.page_size)
@@ -119,6 +129,19 @@ class Worker(ABC):
             ),
         )
 
+    async def _core(self, loaded: LoadedModel) -> EngineCore:
+        """The engine over memory that the transports asked for can use, and these transports."""
+        wanted, size = self.settings.transports, self.settings.core
+        layout = loaded.model.spec.page_layout(size.page_size)
+        try:
+            memory = open_memory(layout, size.num_pages, wanted)
+            self._transports = await Transports.start(wanted, memory, self.boot_id)
+        except TransportUnavailable as error:
+            raise InvalidRequest("transports", str(error), "auto, or what can be had") from None
+        log.info("transports", extra=fields(offered=",".join(self.transports.names)))
+        token_bytes = loaded.tokenizer.token_bytes
+        return EngineCore(loaded.model, token_bytes, size, self.boot_id, memory=memory)
+
     async def drain(self, timeout_s: float) -> None:
         self.state = "draining"
         if self._registration is not None:
@@ -132,6 +155,8 @@ class Worker(ABC):
             await self.close()
             await self._registration.leave()
             await self.engine.stop()
+        if self._transports is not None:
+            await self._transports.close()
         await self.index.close()
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)

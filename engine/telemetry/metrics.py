@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from engine.completion import Delta, Finished, StreamItem
 
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_EXPOSED_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -42,8 +43,13 @@ class Metrics:
         )
         self.preemptions = self._counter("preemptions", "Sequences that lost their pages to others")
         self.handovers = self._counter("handovers", "Handovers by outcome", "outcome")
-        self.handover_bytes = self._counter("handover_bytes", "Bytes of pages handed over")
+        self.handover_bytes = self._counter(
+            "handover_bytes", "Bytes of pages handed over, by transport", "transport"
+        )
         self.handover_seconds = self._histogram("handover", "A handover", _SECONDS)
+        self.handover_exposed_seconds = self._histogram(
+            "handover_exposed", "From the end of prefill to joining the batch", _EXPOSED_SECONDS
+        )
         self.queue_seconds = self._histogram("queue", "Waiting for pages", _SECONDS)
         self.first_token_seconds = self._histogram(
             "time_to_first_token", "From admission to the first token", _SECONDS

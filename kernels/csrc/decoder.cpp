@@ -1,6 +1,9 @@
 #include "decoder.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
 
 #include "isa.h"
 
@@ -92,6 +95,7 @@ void Decoder::add_layer(const DecoderStep& step, int64_t index) {
                  weights_.cos, weights_.sin, step.rows.positions, slots_.data(), offsets_.data(), q,
                  pages, rows, shape_.query_heads, kUnitRows};
     add<&Kernels::qkv>(layer.qkv, row_units * heads);
+    add_mark(step, index);
 
     const AttentionPlan& plan = plan_of(w.window);
     layer.attention = {pages, q, attended, plan.blocks.data(), partials_.of<float>(0),
@@ -116,6 +120,24 @@ void Decoder::add_layer(const DecoderStep& step, int64_t index) {
     layer.down = {w.down, layer.gate_up.out, w.down_bias, hidden, true, rows, shape_.width,
                   kUnitRows, 1};
     add<&Kernels::linear>(layer.down, row_units * w.down.tiles);
+}
+
+// A phase of one unit: it runs when the keys and values before it are written, by whoever comes by.
+void Decoder::add_mark(const DecoderStep& step, int64_t index) {
+    const Progress& progress = step.progress;
+    const int64_t done = index + 1;
+    if (!progress.layers || (done % progress.every && done != int64_t(layers_.size()))) return;
+    layers_[index].mark = {progress, done};
+    phases_.push_back({call_unit<&Decoder::tell, Mark>, &layers_[index].mark, 1});
+}
+
+void Decoder::tell(const Mark& mark, int64_t) {
+    const Progress& progress = mark.progress;
+    std::atomic_ref<int64_t>(*progress.layers)
+        .store(progress.base + mark.layers, std::memory_order_release);
+    const uint64_t one = 1;
+    // It can only fail when it was signalled 2^64 times and nobody looked: nothing would be lost.
+    (void)!write(progress.event, &one, sizeof one);
 }
 
 void Decoder::add_head(const DecoderStep& step) {

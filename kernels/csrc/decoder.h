@@ -29,6 +29,14 @@ struct DecoderWeights {
     const float *norm, *cos, *sin;
 };
 
+// Who is told how far a step is: once the keys and values of every `every` layers are in the pages,
+// and of the last, `*layers` becomes their number plus `base` and `event`, an eventfd, is signalled.
+struct Progress {
+    int64_t* layers;  // null: nobody
+    int64_t base, every;
+    int event;
+};
+
 // One step's rows; `pages` are those of layer 0.
 struct DecoderStep {
     RaggedRows rows;
@@ -39,6 +47,7 @@ struct DecoderStep {
     const int64_t* wanted;  // [logit_rows], rows
     float* logits;          // [logit_rows, vocabulary], or null if only the best are wanted
     int32_t* best_ids;      // [logit_rows], -1 where a logit is NaN or infinite
+    Progress progress;
 };
 
 class Decoder {
@@ -51,10 +60,16 @@ public:
     void run(const DecoderStep& step);
 
 private:
+    struct Mark {
+        Progress progress;
+        int64_t layers;
+    };
+
     // The arguments of a layer's phases, which outlive the step's list.
     struct Layer {
         PackRows attention_in, out_in, mlp_in;
         Qkv qkv;
+        Mark mark;
         PagedAttention attention;
         MergeAttention merge;
         Linear out, down;
@@ -65,6 +80,8 @@ private:
     const AttentionPlan& plan_of(int64_t window) const;
     void find_slots(const DecoderStep& step);
     void add_layer(const DecoderStep& step, int64_t index);
+    static void tell(const Mark& mark, int64_t unit);
+    void add_mark(const DecoderStep& step, int64_t index);
     void add_head(const DecoderStep& step);
     void choose_best(const DecoderStep& step);
     template <auto Kernel, class Args>

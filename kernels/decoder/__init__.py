@@ -88,6 +88,8 @@ class Decoder(Protocol):
     def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
         """Writes K and V of every row into its page; logits ``[R, V]`` fp32 of ``logit_rows``.
 
+        Tells the batch's ``progress`` as keys and values of its layers are written, whoever runs.
+
         If the batch says ``best_only``, ``kernels.ragged.best_ids`` of them instead.
 
         ``kv`` is ``kernels.layout.kv_view`` of the pool. Raises ``ValueError`` naming what is out

@@ -10,6 +10,7 @@ from kernels import _native
 from kernels.decoder import Decoder, DecoderWeights
 from kernels.layout import PageLayout
 from kernels.packed_matrix import PackedMatrix
+from kernels.progress import LayerProgress
 from kernels.ragged import RaggedBatch
 
 
@@ -41,8 +42,15 @@ class NativeDecoder:
             batch.logit_rows,
             logits,
             best,
+            *_told(batch.progress),
         )
         return best if logits is None else logits
+
+
+def _told(progress: LayerProgress | None) -> tuple[torch.Tensor | None, int, int]:
+    if progress is None:
+        return None, 1, -1
+    return progress.counter, progress.mark_every, progress.event
 
 
 def _native_form(part: Any) -> SimpleNamespace:

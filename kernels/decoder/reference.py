@@ -46,6 +46,7 @@ class ReferenceDecoder:
         q = self._placed(q, layer.q_norm, step)  # [T, Hq, head_dim]
         k = self._placed(k, layer.k_norm, step)  # [T, Hkv, head_dim]
         kv_write(k, v.contiguous(), step.kv, index, step.pages, step.offsets, step.layout)
+        step.written(index, len(weights.layers))
         attended = paged_attention(
             q,
             step.kv,
@@ -81,3 +82,8 @@ class _Step:
         self.kv = kv
         self.layout = layout
         self.pages, self.offsets = row_slots(batch, layout.page_size)
+        self._base = batch.progress.num_done if batch.progress else 0
+
+    def written(self, layer: int, num_layers: int) -> None:
+        if self.batch.progress is not None:
+            self.batch.progress.layer_done(self._base, layer, num_layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvstore.fingerprint import LayoutFingerprint
 from kvstore.page import Commit, PageFrame, PageIdentity, PageReference
+from kvstore.transports import DEFAULT, TransportAddress
 from quire.v1 import pages_pb2
 
 _ID_BYTES = 16
@@ -59,7 +60,7 @@ def frame_to_wire(frame: PageFrame) -> pages_pb2.PageFrame:
         num_tokens=identity.num_tokens,
         layer_group=frame.layer_group,
         num_layer_groups=frame.num_layer_groups,
-        payload=bytes(frame.payload),
+        payload=b"" if frame.payload is None else bytes(frame.payload),
         digest=frame.digest,
     )
 
@@ -87,22 +88,41 @@ def frame_from_wire(message: pages_pb2.PageFrame) -> PageFrame:
     )
 
 
+def frames_from_wire(message: pages_pb2.PageFrames) -> list[PageFrame]:
+    frames = [frame_from_wire(frame) for frame in message.frames]
+    if not frames:
+        raise WireError("frames is empty")
+    return frames
+
+
 def commit_to_wire(commit: Commit) -> pages_pb2.Commit:
     return pages_pb2.Commit(
         num_pages=commit.num_pages,
         num_tokens=commit.num_tokens,
         pages_digest=commit.pages_digest,
         prompt_hash=commit.prompt_hash,
+        since_computed_s=commit.since_computed_s,
     )
 
 
 def commit_from_wire(message: pages_pb2.Commit) -> Commit:
+    if not 0 <= message.since_computed_s < float("inf"):
+        raise WireError("commit.since_computed_s is not a duration")
     return Commit(
         num_pages=message.num_pages,
         num_tokens=message.num_tokens,
         pages_digest=_id("commit.pages_digest", message.pages_digest),
         prompt_hash=_id("commit.prompt_hash", message.prompt_hash),
+        since_computed_s=message.since_computed_s,
     )
+
+
+def transport_to_wire(transport: TransportAddress) -> pages_pb2.TransportDescriptor:
+    return pages_pb2.TransportDescriptor(name=transport.name, address=transport.address)
+
+
+def transport_from_wire(message: pages_pb2.TransportDescriptor) -> TransportAddress:
+    return TransportAddress(message.name or DEFAULT, message.address)
 
 
 def _id(field: str, value: bytes) -> bytes:

@@ -45,5 +45,5 @@ def test_int8_takes_a_byte_per_element_and_a_scale_per_token_and_head() -> None:
 
 def test_layer_groups_are_the_bytes_of_the_page(layout: PageLayout) -> None:
     memory = PageMemory(layout, 1)
-    groups = [bytes(memory.group(0, index)) for index in range(memory.num_layer_groups)]
+    groups = [bytes(memory.group(0, index)) for index in range(memory.groups.count)]
     assert b"".join(groups) == bytes(memory.bytes[0].numpy())

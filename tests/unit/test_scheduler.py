@@ -60,8 +60,8 @@ class Driver:
                 outcomes[rows.name] = Outcome(7, done)
             else:
                 outcomes[rows.name] = Outcome()
-        effects = self.scheduler.complete(plan, outcomes)
-        pages = (*plan.finished_pages, *effects.finished_pages)
+        self.scheduler.complete(plan, outcomes)
+        pages = (*plan.finished_pages, *plan.coming_pages)
         self.announced += [page.slot for page in pages]
         self.pool.check()
         return plan

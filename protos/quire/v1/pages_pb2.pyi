@@ -3,8 +3,10 @@
 isort:skip_file
 What a page of KV cache is, and how it may be named so that it cannot be misread."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -136,7 +138,9 @@ class PageFrame(_message.Message):
     num_layer_groups: _builtins.int
     """Number of layer groups of a page."""
     payload: _builtins.bytes
-    """The bytes of the group's layers in the order of the layout id."""
+    """The bytes of the group's layers in the order of the layout id; empty where the receiver reads
+    them by another transport.
+    """
     digest: _builtins.bytes
     """xxh3-128 over the identity above and the payload, 16 bytes."""
     @_builtins.property
@@ -163,6 +167,30 @@ class PageFrame(_message.Message):
 Global___PageFrame: _TypeAlias = PageFrame  # noqa: Y015
 
 @_typing.final
+class PageFrames(_message.Message):
+    """Pages announced together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def frames(self) -> _containers.RepeatedCompositeFieldContainer[Global___PageFrame]:
+        """Each page and layer group comes once in a handover."""
+
+    def __init__(
+        self,
+        *,
+        frames: _abc.Iterable[Global___PageFrame] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PageFrames: _TypeAlias = PageFrames  # noqa: Y015
+
+@_typing.final
 class Commit(_message.Message):
     """Ends a handover; without a valid one no token is sampled from the pages."""
 
@@ -172,6 +200,7 @@ class Commit(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     PAGES_DIGEST_FIELD_NUMBER: _builtins.int
     PROMPT_HASH_FIELD_NUMBER: _builtins.int
+    SINCE_COMPUTED_S_FIELD_NUMBER: _builtins.int
     num_pages: _builtins.int
     """Pages of the whole prompt prefix, those not sent included."""
     num_tokens: _builtins.int
@@ -180,6 +209,8 @@ class Commit(_message.Message):
     """xxh3-128 over the seal digests of all pages sent, in order, 16 bytes."""
     prompt_hash: _builtins.bytes
     """Chain hash of the tokens [0, num_tokens), 16 bytes."""
+    since_computed_s: _builtins.float
+    """Seconds from the end of the prompt's computation to this message, on the owner's clock."""
     def __init__(
         self,
         *,
@@ -187,10 +218,11 @@ class Commit(_message.Message):
         num_tokens: _builtins.int = ...,
         pages_digest: _builtins.bytes = ...,
         prompt_hash: _builtins.bytes = ...,
+        since_computed_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_pages", b"num_pages", "num_tokens", b"num_tokens", "pages_digest", b"pages_digest", "prompt_hash", b"prompt_hash"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_pages", b"num_pages", "num_tokens", b"num_tokens", "pages_digest", b"pages_digest", "prompt_hash", b"prompt_hash", "since_computed_s", b"since_computed_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -207,7 +239,9 @@ class TransportDescriptor(_message.Message):
     name: _builtins.str
     """"grpc", "shm" or "nixl"."""
     address: _builtins.bytes
-    """Opaque address of the worker for this transport."""
+    """Opaque to all but this transport. Of a receiver: from where it can read. Of an owner: where a
+    receiver finds its pages.
+    """
     def __init__(
         self,
         *,

@@ -53,7 +53,9 @@ class PrefillRequest(_message.Message):
 
     @_builtins.property
     def transports(self) -> _containers.RepeatedCompositeFieldContainer[_pages_pb2.TransportDescriptor]:
-        """Transports the receiver can use, best first; empty means "grpc". Others are reserved."""
+        """Transports the receiver can read by, best first; empty means "grpc". The owner takes the first
+        one that it has too.
+        """
 
     def __init__(
         self,
@@ -82,16 +84,12 @@ class PrefillResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ACCEPTED_FIELD_NUMBER: _builtins.int
-    FRAME_FIELD_NUMBER: _builtins.int
     COMMIT_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> Global___PrefillAccepted:
         """First: the request was admitted."""
-
-    @_builtins.property
-    def frame(self) -> _pages_pb2.PageFrame:
-        """A page's bytes for one layer group, in order of page and group."""
 
     @_builtins.property
     def commit(self) -> _pages_pb2.Commit:
@@ -101,19 +99,23 @@ class PrefillResponse(_message.Message):
     def progress(self) -> Global___PrefillProgress:
         """A chunk of the prompt went through the model."""
 
+    @_builtins.property
+    def frames(self) -> _pages_pb2.PageFrames:
+        """Pages for one layer group, as soon as the group is computed; in no promised order."""
+
     def __init__(
         self,
         *,
         accepted: Global___PrefillAccepted | None = ...,
-        frame: _pages_pb2.PageFrame | None = ...,
         commit: _pages_pb2.Commit | None = ...,
         progress: Global___PrefillProgress | None = ...,
+        frames: _pages_pb2.PageFrames | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "commit", b"commit", "frame", b"frame", "message", b"message", "progress", b"progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "commit", b"commit", "frames", b"frames", "message", b"message", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "commit", b"commit", "frame", b"frame", "message", b"message", "progress", b"progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "commit", b"commit", "frames", b"frames", "message", b"message", "progress", b"progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["accepted", "frame", "commit", "progress"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["accepted", "commit", "progress", "frames"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -128,22 +130,28 @@ class PrefillAccepted(_message.Message):
     BOOT_ID_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     LEASE_S_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
     boot_id: _builtins.bytes
     """Boot identity of the owner of all pages that follow, 16 bytes."""
     cached_tokens: _builtins.int
     """Prompt tokens found in the worker's own prefix cache."""
     lease_s: _builtins.float
     """How long the pages stay readable after the commit without an acknowledgement, in seconds."""
+    @_builtins.property
+    def transport(self) -> _pages_pb2.TransportDescriptor:
+        """The transport taken, with the owner's address for it; unset means "grpc"."""
+
     def __init__(
         self,
         *,
         boot_id: _builtins.bytes = ...,
         cached_tokens: _builtins.int = ...,
         lease_s: _builtins.float = ...,
+        transport: _pages_pb2.TransportDescriptor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["transport", b"transport"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "cached_tokens", b"cached_tokens", "lease_s", b"lease_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "cached_tokens", b"cached_tokens", "lease_s", b"lease_s", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,10 @@
+"""``nixl``: the receiver reads the owner's pool through NIXL (UCX: shared memory, TCP, RDMA)."""
+
+from __future__ import annotations
+
+from kvstore.memory import PageMemory
+from kvstore.transports import Transport, TransportUnavailable
+
+
+async def start(memory: PageMemory, boot_id: bytes) -> Transport:
+    raise TransportUnavailable("nixl: not there yet")
