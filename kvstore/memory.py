@@ -39,7 +39,7 @@ class LayerGroups:
     def num_bytes(self, group: int) -> int:
         """Of one group of one page."""
         span = self.span(group)
-        return span.stop - span.start
+        return int(span.stop - span.start)
 
     def layers_through(self, group: int) -> int:
         """Number of layers in the groups up to and with this one."""

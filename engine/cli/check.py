@@ -10,7 +10,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from engine.errors import QuireError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # loads torch
     from engine.model import ModelSpec
 
 READ_FOR_S = 0.5
+TRANSPORTS = ("grpc", "shm", "nixl")
 _NOT_MEASURED = "not measured: the native module is not there"
 
 
@@ -60,9 +61,7 @@ def _checks(options: argparse.Namespace) -> list[tuple[str, Callable[[], str]]]:
         ("redis server", _redis),
         ("model", lambda: _model(options.model, spec())),
         ("expected speed", lambda: expected_speed(spec().weight_bytes, read_gbps())),
-        ("transport grpc", lambda: "available"),
-        ("transport shm", lambda: _later("shared memory")),
-        ("transport nixl", lambda: _later("NIXL")),
+        *((f"transport {name}", partial(_transport, name)) for name in TRANSPORTS),
         ("triton", _triton),
     ]
 
@@ -145,8 +144,12 @@ def _model(name: str, spec: ModelSpec) -> str:
     )
 
 
-def _later(name: str) -> str:
-    return f"not built yet: {name} is refused if asked for by name"
+def _transport(name: str) -> str:
+    """None of them is needed by a running system but grpc, which is always there."""
+    from kvstore.transports.choice import problem_of
+
+    problem = problem_of(name)
+    return "available" if problem is None else f"refused if asked for by name: {problem}"
 
 
 def _triton() -> str:

@@ -23,6 +23,20 @@ NAMES = ("shm", "nixl", "grpc")
 log = logging.getLogger(__name__)
 
 
+def problem_of(name: str) -> str | None:
+    """Why a worker on this machine cannot offer the transport; None if it can."""
+    try:
+        if name == "shm":
+            SharedPool.create(1, 1).close()
+        if name == "nixl":
+            from kvstore.transports import nixl
+
+            nixl.load()
+    except (SharedMemoryUnavailable, TransportUnavailable) as error:
+        return str(error)
+    return None
+
+
 def open_memory(layout: PageLayout, num_pages: int, names: Sequence[str]) -> PageMemory:
     """A pool's memory, shared if ``names`` say so; under ``auto``, if the system gives it.
 

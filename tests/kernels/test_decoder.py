@@ -1,5 +1,8 @@
 """The decoder as one program against the composition of the reference ops, and against itself."""
 
+import os
+import select
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,6 +21,7 @@ from kernels.packed_matrix import (
     pack_rotated_int8,
     quantize_int4,
 )
+from kernels.progress import LayerProgress
 from kernels.quantized import QuantizedMatrix
 from kernels.ragged import RaggedBatch, best_ids
 from kernels.rope import rope_tables
@@ -267,3 +271,78 @@ def test_the_best_id_of_a_row_that_is_not_numbers_is_none(made):
 def test_the_first_of_equal_logits_is_the_best():
     logits = torch.tensor([[1.0, 3, 3], [2, 2, -torch.inf], [-1, -1, -1], [torch.nan, 0, 0]])
     assert best_ids(logits).tolist() == [1, -1, 0, -1]
+
+
+class Watched(LayerProgress):
+    """Remembers what was told, by steps that run in Python."""
+
+    def __init__(self, mark_every: int) -> None:
+        super().__init__(mark_every)
+        self.told: list[int] = []
+
+    def tell(self, num_done: int) -> None:
+        self.told.append(num_done)
+        super().tell(num_done)
+
+
+def test_progress_counts_layers_over_steps_and_changes_no_bit():
+    weights = make("int8")
+    for made in (native_decoder, reference_decoder):
+        progress = LayerProgress(mark_every=2)
+        for step in (1, 2):
+            batch, kv, layout = step_arguments(weights)
+            plain = made(weights).forward(batch, kv, layout)
+            pages = kv.clone()
+            told = made(weights).forward(replace(batch, progress=progress), kv, layout)
+            assert same_bits(plain, told)
+            assert same_bits(pages, kv)
+            assert progress.num_done == 3 * step
+            assert os.eventfd_read(progress.event) == 2
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [8, 9, 10]), (2, [9, 10]), (5, [10])])
+def test_layers_are_told_in_order_every_so_many_and_after_the_last(every, expected):
+    progress = Watched(every)
+    progress.tell(7)
+    batch, kv, layout = step_arguments(make("fp32"), progress=progress)
+    reference_decoder(make("fp32")).forward(batch, kv, layout)
+    assert progress.told == [7, *expected]
+
+
+def test_a_step_that_is_refused_tells_nothing():
+    progress = LayerProgress(1)
+    weights = make("int8")
+    batch, kv, layout = step_arguments(weights, logit_rows=torch.tensor([3]), progress=progress)
+    for made in (native_decoder, reference_decoder):
+        with pytest.raises(ValueError, match="logit_rows"):
+            made(weights).forward(batch, kv, layout)
+    assert progress.num_done == 0
+
+
+def test_progress_is_seen_while_the_native_step_runs():
+    """A thread that waits for the first layer finds its keys and values written."""
+    weights = make("fp32", width=640, inner=2000)
+    progress = LayerProgress(1)
+    tokens = torch.tensor(TOKENS[:256])
+    layout = PageLayout(3, 2, 48, 256)
+    kv = torch.zeros(1, 3, 2, layout.head_bytes, dtype=torch.uint8)
+    batch = RaggedBatch(
+        token_ids=tokens,
+        positions=torch.arange(256),
+        query_starts=torch.tensor([0, 256]),
+        page_tables=torch.tensor([[0]], dtype=torch.int32),
+        logit_rows=torch.tensor([], dtype=torch.int64),
+        progress=progress,
+    )
+    seen: list[bool] = []
+
+    def watch() -> None:
+        select.select([progress.event], [], [], 60)
+        seen.append(bool(kv[0, 0].any()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    native_decoder(weights).forward(batch, kv, layout)
+    watcher.join()
+    assert seen == [True]
+    assert progress.num_done == 3

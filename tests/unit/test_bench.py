@@ -275,7 +275,8 @@ def test_exposed_is_what_is_left_of_a_handover_after_the_prefills_last_chunk() -
     trace = [
         span("prefill_chunk", "quire-prefill", 100, 1_000_000),
         span("prefill_chunk", "quire-prefill", 1_000_000, 7_000_000),
-        span("handover", "quire-decode", 50, 9_000_000, **{"quire.bytes": 4096}),
+        span("handover", "quire-decode", 50, 8_000_000, **{"quire.bytes": 4096}),
+        span("exposed", "quire-decode", 7_100_000, 9_000_000),
         span("prefill_chunk", "quire-decode", 9_000_000, 20_000_000),  # the last prompt token
     ]
     assert exposed_s(trace) == pytest.approx(0.002)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from engine.cli import check, main
+from kvstore.transports import choice
 
 
 def checked(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, dict[str, object]]:
@@ -56,3 +57,14 @@ def test_without_the_native_module_the_bandwidth_is_not_measured(
     for what in ("memory bandwidth", "expected speed"):
         assert findings[what]["ok"]
         assert "not measured" in str(findings[what]["detail"])
+
+
+def test_every_transport_is_available_or_says_why_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "problem_of", {"nixl": "no such library"}.get)
+    assert set(check.TRANSPORTS) == set(choice.NAMES)
+    findings = checked(capsys)
+    assert findings["transport grpc"]["detail"] == "available"
+    assert findings["transport shm"]["detail"] == "available"
+    assert findings["transport nixl"]["detail"] == ("refused if asked for by name: no such library")
