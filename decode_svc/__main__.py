@@ -31,7 +31,11 @@ class DecodeWorker(Worker):
     def install(self, loaded: LoadedModel, capacity: Capacity, handlers: LateHandlers) -> None:
         settings = self.settings
         self._admission = Admission(settings.max_requests, settings.max_queued_tokens)
-        self._workers = PrefillWorkers(self.index, self.engine.core.fingerprint.digest.hex())
+        self._workers = PrefillWorkers(
+            self.index,
+            self.engine.core.fingerprint.digest.hex(),
+            on_gone=self.transports.forget,
+        )
         self._desk = IntakeDesk(
             self.engine,
             self._workers,

@@ -35,18 +35,23 @@ class _Known:
 
 
 class PrefillWorkers:
-    """Chooses workers and keeps one channel to each.
+    """Chooses workers and keeps one channel to each; ``on_gone`` is told who is not known any more.
 
     A worker restarted at its old endpoint is another worker with a channel of its own: the old one
     may wait for a long time before it tries to connect again.
     """
 
     def __init__(
-        self, index: PageIndex, fingerprint: str, clock: Callable[[], float] = time.monotonic
+        self,
+        index: PageIndex,
+        fingerprint: str,
+        clock: Callable[[], float] = time.monotonic,
+        on_gone: Callable[[bytes], None] = lambda boot_id: None,
     ) -> None:
         self._index = index
         self._fingerprint = fingerprint
         self._clock = clock
+        self._on_gone = on_gone
         self._known: dict[str, _Known] = {}
         self._avoid: dict[str, float] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -115,4 +120,5 @@ class PrefillWorkers:
 
     async def _close_unused(self) -> None:
         for boot_id in self._channels.keys() - self._known.keys():
+            self._on_gone(bytes.fromhex(boot_id))
             await self._channels.pop(boot_id).close()

@@ -19,6 +19,7 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from weakref import WeakSet
 
 from kernels.layout import PageLayout
 from kvstore.landing import LandingError
@@ -49,7 +50,7 @@ class SharedMemoryTransport:
         self.address = b"\0quire-" + secrets.token_hex(16).encode()
         self._loop = asyncio.get_running_loop()
         self._receivers: set[socket.socket] = set()
-        self._sources: set[MappedPool] = set()
+        self._sources: WeakSet[MappedPool] = WeakSet()
         self._listener = _listener(self.address)
         self._loop.add_reader(self._listener.fileno(), self._accept)
 
@@ -70,7 +71,7 @@ class SharedMemoryTransport:
         self._listener.close()
         for receiver in list(self._receivers):
             self._drop(receiver)
-        for source in self._sources:
+        for source in list(self._sources):
             source.close()
         self._pool.close()
 

@@ -313,9 +313,8 @@ def test_a_step_that_is_refused_tells_nothing():
     progress = LayerProgress(1)
     weights = make("int8")
     batch, kv, layout = step_arguments(weights, logit_rows=torch.tensor([3]), progress=progress)
-    for made in (native_decoder, reference_decoder):
-        with pytest.raises(ValueError, match="logit_rows"):
-            made(weights).forward(batch, kv, layout)
+    with pytest.raises(ValueError, match="logit_rows"):
+        native_decoder(weights).forward(batch, kv, layout)
     assert progress.num_done == 0
 
 
