@@ -25,7 +25,7 @@ from kvstore.memory import PageMemory
 from kvstore.page import PageFrame, PageIdentity, PageReference
 from kvstore.shared_pool import SharedMemoryUnavailable, SharedPool
 from kvstore.transports import TransportAddress, TransportUnavailable, shm
-from kvstore.transports.choice import Transports, open_memory
+from kvstore.transports.choice import Transports, open_memory, problem_of
 from kvstore.transports.grpc_wire import (
     fingerprint_to_wire,
     frame_from_wire,
@@ -53,6 +53,30 @@ async def test_every_transport_brings_the_same_tokens(redis_url: str, transport:
         assert found.token_ids == await expected_tokens()
         assert moved(cluster.prefill[0]) == moved(cluster.decode[0])
         assert moved(cluster.decode[0]).keys() == {transport}
+
+
+async def test_nixl_brings_the_same_tokens_or_is_refused_with_the_reason(redis_url: str) -> None:
+    problem = problem_of("nixl")
+    if problem is not None:
+        settings = PrefillSettings(**settings_for(redis_url, transports=("nixl",)))
+        with pytest.raises(InvalidRequest, match="transports: NIXL cannot be loaded"):
+            await start(PrefillWorker, settings)
+        return
+    async with running(redis_url, transports=("nixl",)) as cluster, cluster.client() as client:
+        (found,) = await client.generate([LONG], PARAMS)
+        assert found.prefilled == "remote", failures(cluster)
+        assert found.token_ids == await expected_tokens()
+        assert moved(cluster.decode[0]).keys() == {"nixl"}
+
+
+async def test_a_transport_whose_library_is_missing_is_refused_by_name_with_the_reason(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nixl", None)
+    assert "NIXL cannot be loaded" in str(problem_of("nixl"))
+    settings = PrefillSettings(**settings_for(redis_url, transports=("nixl", "grpc")))
+    with pytest.raises(InvalidRequest, match="transports: NIXL cannot be loaded"):
+        await start(PrefillWorker, settings)
 
 
 def moved(node: Node) -> dict[str, float]:
