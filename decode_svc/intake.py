@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc
-from opentelemetry.trace import Span
+from opentelemetry.trace import Span, get_current_span
 
 from decode_svc.workers import PrefillWorkers
 from engine.lifecycle import Lifecycle
@@ -133,7 +133,6 @@ class IntakeDesk:
                 span.set_attribute("quire.worker", worker.boot_id)
                 with _reason_told(span):
                     pulled = await self._pull(call, wanted, reservation, worker)
-                span.set_attribute("quire.transport", pulled.transport)
                 span.set_attribute("quire.bytes", pulled.num_bytes)
         except HandoverFailed as failure:
             self._failed(failure, wanted, worker)
@@ -253,6 +252,7 @@ class IntakeDesk:
                         raise HandoverFailed("boot_id", "another worker answered")
                     chosen = transport_from_wire(response.accepted.transport)
                     pulled.transport = chosen.name
+                    get_current_span().set_attribute("quire.transport", chosen.name)
                     source = await self._transports.source(
                         chosen, response.accepted.boot_id, self._engine.core.layout
                     )

@@ -75,6 +75,32 @@ def test_page_not_free_while_writer_alive() -> None:
     ledger.check()
 
 
+def test_a_page_still_filled_may_be_read_by_its_own_export_only() -> None:
+    ledger = ledger_of(2)
+    ledger.allocate("a")
+    ledger.begin_export(0, "a")
+    ledger.seal(0, NAME, 32)
+    ledger.release(0, "a")
+    assert ledger[0].state is PageState.QUARANTINED
+    ledger.end_read(0)
+    assert ledger[0].state is PageState.FREE
+    ledger.allocate("a")
+    with pytest.raises(PageViolation, match="exported by b"):
+        ledger.begin_export(1, "b")
+    ledger.check()
+
+
+def test_generations_are_told_before_a_slot_is_given_away() -> None:
+    seen = [0, 0]
+    ledger = Ledger(2, lambda: 0.0, seen)
+    for expected in ([1, 0], [1, 1], [2, 1]):
+        slot = ledger.allocate("a")
+        assert slot is not None
+        assert seen == expected
+        assert ledger[slot].generation == seen[slot]
+        ledger.release(slot, "a")
+
+
 @pytest.mark.parametrize(
     "misuse",
     [

@@ -19,6 +19,7 @@ from engine.scheduler import (
     Submit,
 )
 from engine.sequence import Goal
+from kvstore.ledger import PageState
 from kvstore.pool import PagePool
 from kvstore.prefix_hash import PrefixHasher
 
@@ -214,6 +215,36 @@ def test_a_prefill_sequence_with_a_cached_prompt_announces_the_cached_pages() ->
     assert plan.prefilled == ("q",)
     driver.step(ReadsEnded(tuple(driver.announced)), Cancel("p"), Cancel("q"))
     assert driver.pool.num_available == 8
+
+
+def test_a_step_says_beforehand_which_pages_it_will_finish_and_their_names() -> None:
+    driver = Driver(8, chunk_tokens=24)
+    plans = [
+        driver.step(driver.submit("p", 59, 0, goal=Goal.PREFILL)),
+        driver.step(),
+        driver.step(),
+    ]
+    coming = [[(page.page_index, page.num_tokens) for page in plan.coming_pages] for plan in plans]
+    assert coming == [[(0, PAGE)], [(1, PAGE), (2, PAGE)], [(3, 10)]]
+    hasher = PrefixHasher("", bytes(16), PAGE)
+    prompt = driver.history[0][0][0].prompt[:58]  # type: ignore[union-attr]
+    names = [page.prefix_hash for plan in plans for page in plan.coming_pages]
+    assert names == [*hasher.full_pages(prompt), hasher.prompt(prompt)]
+    for page in (page for plan in plans for page in plan.coming_pages):
+        record = driver.pool.ledger[page.slot]
+        assert (record.prefix_hash, record.num_tokens) == (page.prefix_hash, page.num_tokens)
+        assert record.num_readers == 1
+
+
+def test_pages_of_a_step_that_failed_are_withheld_until_their_export_let_go() -> None:
+    driver = Driver(8, chunk_tokens=32)
+    plan = driver.scheduler.plan([driver.submit("p", 40, 0, goal=Goal.PREFILL)])
+    slots = tuple(page.slot for page in plan.coming_pages)
+    driver.scheduler.complete(plan, {"p": None})
+    assert {driver.pool.ledger[slot].state for slot in slots} == {PageState.QUARANTINED}
+    driver.scheduler.plan([ReadsEnded(slots)])
+    assert driver.pool.num_available == 8
+    driver.pool.check()
 
 
 def test_a_prompt_of_one_token_needs_no_page_from_prefill() -> None:
