@@ -29,7 +29,7 @@ from engine.remote import AsyncRemoteEngine
 from engine.supervisor import ServicePlan, Supervisor
 from engine.telemetry.attributes import GEN_AI_RESPONSE_ID
 from engine.telemetry.trace_tree import SpanRecord, one_trace, read_spans
-from kvstore.transports.choice import AUTO, NAMES, problem_of
+from kvstore.transports.choice import NAMES, problem_of
 
 DRAIN_S = 5.0
 CONNECT_TIMEOUT_S = 20.0
@@ -43,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--transports",
         type=names,
-        default=(AUTO,),
+        default=("shm", "grpc"),
         metavar="shm,grpc",
-        help="a row for each; auto: those that can be had here",
+        help="a row for each (default shm,grpc)",
     )
     parser.set_defaults(batch=(1,), tokens=1)
 
@@ -63,11 +63,8 @@ def run(options: argparse.Namespace, machine: Machine, report: Report) -> list[R
 
 def _transports(options: argparse.Namespace) -> tuple[str, ...]:
     """Raises InvalidRequest for one that cannot be had here."""
-    problems = {name: problem_of(name) for name in NAMES}
-    if AUTO in options.transports:
-        return tuple(name for name, problem in problems.items() if problem is None)
     for name in options.transports:
-        problem = problems.get(name, "nobody knows it")
+        problem = problem_of(name) if name in NAMES else "nobody knows it"
         if problem is not None:
             raise InvalidRequest("--transports", f"{name}: {problem}", ", ".join(NAMES))
     return tuple(options.transports)

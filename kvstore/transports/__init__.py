@@ -54,6 +54,10 @@ class PageSource(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Idempotent; reads fail from now on."""
+        ...
+
 
 class Transport(Protocol):
     """One way of a worker to give pages away, and to read those of others."""
@@ -124,3 +128,6 @@ class _PayloadSource:
                 raise LandingError("size", f"payload has {size} bytes, not {len(target)}")
             assert frame.payload is not None
             target[:] = frame.payload
+
+    def close(self) -> None:
+        """Nothing is open."""

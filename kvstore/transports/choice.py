@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 
@@ -60,6 +61,7 @@ class Transports:
         self._by_name: dict[str, Transport] = {}
         self._sources: dict[tuple[str, bytes], PageSource] = {}
         self._failed: set[tuple[str, bytes]] = set()
+        self._connecting: dict[tuple[str, bytes], asyncio.Lock] = {}
 
     @classmethod
     async def start(cls, names: Sequence[str], memory: PageMemory, boot_id: bytes) -> Transports:
@@ -114,21 +116,27 @@ class Transports:
         transport = self._by_name.get(chosen.name)
         if transport is None:
             raise TransportUnavailable(f"{chosen.name} was not offered, only {self._offered}")
-        known = self._sources.get(key)
-        if known is None or known.lost:
+        async with self._connecting.setdefault(key, asyncio.Lock()):
+            known = self._sources.get(key)
+            if known is not None and not known.lost:
+                return known
             try:
-                self._sources[key] = await transport.connect(chosen.address, owner, layout)
+                source = await transport.connect(chosen.address, owner, layout)
             except TransportUnavailable:
                 self._failed.add(key)
                 raise
-            log.info("pages of worker %s come by %s", owner.hex(), chosen.name)
-        return self._sources[key]
+            self._sources[key] = source
+        log.info("pages of worker %s come by %s", owner.hex(), chosen.name)
+        return source
 
     def forget(self, owner: bytes) -> None:
         """The owner is gone: gives up what leads to its pages."""
-        for name in NAMES:
-            self._sources.pop((name, owner), None)
-            self._failed.discard((name, owner))
+        for key in [(name, owner) for name in NAMES]:
+            source = self._sources.pop(key, None)
+            if source is not None:
+                source.close()
+            self._failed.discard(key)
+            self._connecting.pop(key, None)
 
     async def close(self) -> None:
         self._sources.clear()

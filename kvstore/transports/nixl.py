@@ -111,6 +111,8 @@ class RemotePool:
         self.lost = False
 
     async def read(self, frames: Sequence[PageFrame], targets: Sequence[memoryview]) -> None:
+        if self.lost:
+            raise LandingError("transport", "the owner's pool is gone")
         reads = [self._read_of(frame) for frame in frames]
         for target, read in zip(targets, reads, strict=True):
             if len(target) != read.size:
@@ -121,6 +123,9 @@ class RemotePool:
         except LandingError as error:
             self.lost = error.reason == "transport"
             raise
+
+    def close(self) -> None:
+        self.lost = True
 
     def _read_of(self, frame: PageFrame) -> _Read:
         slot = frame.identity.reference.slot

@@ -17,7 +17,6 @@ import secrets
 import socket
 import struct
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from weakref import WeakSet
 
@@ -33,6 +32,7 @@ _HELLO = struct.Struct("<8s16sQQ")  # magic, boot identity, number of pages, byt
 _MAGIC = b"quireshm"
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _BACKLOG = 64
+_ACCEPT_AGAIN_S = 1.0
 
 
 class SharedMemoryTransport:
@@ -52,16 +52,20 @@ class SharedMemoryTransport:
         self._receivers: set[socket.socket] = set()
         self._sources: WeakSet[MappedPool] = WeakSet()
         self._listener = _listener(self.address)
-        self._loop.add_reader(self._listener.fileno(), self._accept)
+        self._listen()
 
     def reached_from(self, reach: bytes) -> bool:
         return reach == self.reach
 
     async def connect(self, address: bytes, owner: bytes, layout: PageLayout) -> MappedPool:
+        attaching = asyncio.ensure_future(asyncio.to_thread(_attach, address, owner, layout))
         try:
-            peer, pool = await asyncio.to_thread(_attach, address, owner, layout)
+            peer, pool = await asyncio.shield(attaching)
         except (OSError, SharedMemoryUnavailable) as error:
             raise TransportUnavailable(f"shm: no way to the pool: {error}") from None
+        except asyncio.CancelledError:
+            attaching.add_done_callback(_drop_attached)
+            raise
         source = MappedPool(pool, LayerGroups(layout), peer)
         self._sources.add(source)
         return source
@@ -75,18 +79,28 @@ class SharedMemoryTransport:
             source.close()
         self._pool.close()
 
+    def _listen(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._loop.add_reader(self._listener.fileno(), self._accept)
+
     def _accept(self) -> None:
-        with suppress(OSError):  # the peer may be gone again
+        try:
             receiver, _ = self._listener.accept()
-            receiver.setblocking(False)
-            try:
-                _check_user(receiver)
-                socket.send_fds(receiver, [self._hello], [self._pool.file])
-            except OSError:
-                receiver.close()
-                raise
-            self._receivers.add(receiver)
-            self._loop.add_reader(receiver.fileno(), self._drop, receiver)
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:  # no file descriptor is left: whoever waits goes on waiting
+            self._loop.remove_reader(self._listener.fileno())
+            self._loop.call_later(_ACCEPT_AGAIN_S, self._listen)
+            return
+        receiver.setblocking(False)
+        try:
+            _check_user(receiver)
+            socket.send_fds(receiver, [self._hello], [self._pool.file])
+        except OSError:  # another user's process, or one that has gone again
+            receiver.close()
+            return
+        self._receivers.add(receiver)
+        self._loop.add_reader(receiver.fileno(), self._drop, receiver)
 
     def _drop(self, receiver: socket.socket) -> None:
         """Receivers say nothing: what comes from one is its end."""
@@ -176,6 +190,13 @@ def _attach(address: bytes, owner: bytes, layout: PageLayout) -> tuple[socket.so
         peer.close()
         raise
     return peer, pool
+
+
+def _drop_attached(attaching: asyncio.Future[tuple[socket.socket, SharedPool]]) -> None:
+    """Nobody waits for it any more."""
+    if not attaching.cancelled() and attaching.exception() is None:
+        peer, _ = attaching.result()
+        peer.close()
 
 
 def _mapped(hello: bytes, files: Sequence[int], owner: bytes, layout: PageLayout) -> SharedPool:
