@@ -24,10 +24,11 @@ from kernels.layout import PageLayout
 from kvstore.landing import LandingError
 from kvstore.memory import LayerGroups, PageMemory
 from kvstore.page import PageFrame
-from kvstore.shared_pool import SharedMemoryUnavailable, SharedPool
+from kvstore.shared_pool import PAGE_ALIGNMENT, SharedMemoryUnavailable, SharedPool
 from kvstore.transports import TransportUnavailable
 
 CONNECT_TIMEOUT_S = 2.0
+MAX_TOUCHED_BYTES = 1 << 30
 _HELLO = struct.Struct("<8s16sQQ")  # magic, boot identity, number of pages, bytes of a page
 _MAGIC = b"quireshm"
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
@@ -68,6 +69,7 @@ class SharedMemoryTransport:
             raise
         source = MappedPool(pool, LayerGroups(layout), peer)
         self._sources.add(source)
+        self._loop.run_in_executor(None, _touch, pool)
         return source
 
     async def close(self) -> None:
@@ -190,6 +192,12 @@ def _attach(address: bytes, owner: bytes, layout: PageLayout) -> tuple[socket.so
         peer.close()
         raise
     return peer, pool
+
+
+def _touch(pool: SharedPool) -> None:
+    """Fills in this process's page tables, so that no handover has to: a fault costs far more than
+    the copy it is for. Numpy lets other threads run meanwhile."""
+    pool.pages.reshape(-1)[:MAX_TOUCHED_BYTES:PAGE_ALIGNMENT].max()
 
 
 def _drop_attached(attaching: asyncio.Future[tuple[socket.socket, SharedPool]]) -> None:

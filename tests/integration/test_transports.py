@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -141,6 +142,8 @@ async def test_the_trace_shows_every_layer_group_leaving_landing_and_what_was_ex
         async with cluster.client() as client:
             await client.generate([LONG], PARAMS)
         await until(lambda: any(span.name == "exposed" for span in read_spans(file)))
+        metrics = cluster.decode[0].worker.metrics.registry
+        exposed_s = metrics.get_sample_value("quire_handover_exposed_seconds_sum")
     spans = read_spans(file)
     for name in ("leave", "land"):
         seen = {
@@ -158,6 +161,7 @@ async def test_the_trace_shows_every_layer_group_leaving_landing_and_what_was_ex
     assert handover.attributes["quire.transport"] == "shm"
     assert exposed.end_ns >= handover.end_ns
     assert exposed.duration_ns < handover.duration_ns
+    assert exposed.duration_ns == pytest.approx(exposed_s * 1e9, abs=1000)
 
 
 async def test_pages_leave_while_later_layers_are_computed(redis_url: str) -> None:
@@ -473,3 +477,43 @@ def test_a_full_dev_shm_is_no_bus_error() -> None:
     command = ["unshare", "-m", *command] if may_mount else [sys.executable, "-c", POOL_IN_USE]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout.strip()) == (0, str(1024 * 65536)), result.stderr
+
+
+async def test_a_handover_given_up_while_it_looks_for_the_pool_leaves_nothing_open(
+    owner: tuple[subprocess.Popen[str], bytes],
+    reader: SharedMemoryTransport,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attach, found, may_end = shm._attach, threading.Event(), threading.Event()
+    attached: list[Any] = []
+
+    def slow(*arguments: Any) -> Any:
+        attached.append(attach(*arguments))
+        found.set()
+        assert may_end.wait(60)
+        return attached[0]
+
+    monkeypatch.setattr(shm, "_attach", slow)
+    work = asyncio.create_task(reader.connect(owner[1], OWNER, LAYOUT))
+    await asyncio.to_thread(found.wait, 60)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    may_end.set()
+    await until(lambda: attached[0][0].fileno() < 0)
+
+
+async def test_two_handovers_from_a_new_owner_share_one_way_to_its_pool(
+    owner: tuple[subprocess.Popen[str], bytes],
+) -> None:
+    memory = PageMemory(LAYOUT, 1, SharedPool.create(1, LAYOUT.page_bytes))
+    transports = await Transports.start(("shm",), memory, b"r" * 16)
+    chosen = TransportAddress("shm", owner[1])
+    first, second = await asyncio.gather(
+        *(transports.source(chosen, OWNER, LAYOUT) for _ in range(2))
+    )
+    assert first is second
+    transports.forget(OWNER)
+    assert first.lost
+    assert await transports.source(chosen, OWNER, LAYOUT) is not first
+    await transports.close()
