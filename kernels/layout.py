@@ -10,7 +10,9 @@ shared as a unit; the layers inside it are in order, so a group of layers is a c
             and under int8 [scales of K: fp32 [page_size]] [scales of V: fp32 [page_size]]
 
 K keeps 16 tokens as the fastest lanes (a score needs no horizontal sum), V keeps head_dim as the
-fastest lanes (the weighted sum of V needs none either). This is layout id ``k16t_vtd``.
+fastest lanes (the weighted sum of V needs none either). This is layout id ``k16t_vtd``, the one the
+kernels read. Layout id ``ktd_vtd`` has K in the order of V: all in the canonical order of (layer,
+head, K/V, token, dim). Pages of both may be handed over, see ``kvstore.conversion``.
 
 Under int8 each token's K, and its V, has one scale per head: the element is ``scale * integer``,
 integers in -127 .. 127, scale = max |x| / 127. A scale is 0 where every x is 0, and NaN where any x
@@ -25,6 +27,8 @@ import torch
 
 LANES = 16
 LAYOUT_ID = "k16t_vtd"
+CANONICAL_LAYOUT_ID = "ktd_vtd"
+LAYOUT_IDS = (LAYOUT_ID, CANONICAL_LAYOUT_ID)
 
 KV_DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -53,8 +57,8 @@ class PageLayout:
             raise ValueError(
                 f"page_size must be a multiple of {LANES} tokens, not {self.page_size}"
             )
-        if self.layout_id != LAYOUT_ID:
-            raise ValueError(f"layout_id must be {LAYOUT_ID!r}, not {self.layout_id!r}")
+        if self.layout_id not in LAYOUT_IDS:
+            raise ValueError(f"layout_id must be one of {LAYOUT_IDS}, not {self.layout_id!r}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,10 +102,11 @@ def kv_view(memory: torch.Tensor, layout: PageLayout) -> torch.Tensor:
 
 
 def key_view(heads: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-    """K in records of heads ``[..., head_bytes]``, of any pages and layers.
+    """K in records of heads ``[..., head_bytes]``, of any pages and layers of ``k16t_vtd``.
 
     Returns ``[..., page_size // 16, head_dim, 16]`` of ``layout.dtype``, sharing storage.
     """
+    assert layout.layout_id == LAYOUT_ID, layout.layout_id
     return _part(heads, 0, layout.dtype, (-1, layout.head_dim, LANES), layout.head_elements)
 
 
@@ -118,10 +123,23 @@ def scale_views(heads: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, 
     return scales[..., 0, :], scales[..., 1, :]
 
 
+def token_blocks(heads: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """The elements of K and of V in the canonical order of (token, dim), whatever the layout.
+
+    Both ``[..., page_size // 16, 16, head_dim]`` of ``layout.dtype``, sharing storage.
+    """
+    values = value_view(heads, layout).unflatten(-2, (-1, LANES))
+    if layout.layout_id == LAYOUT_ID:
+        return key_view(heads, layout).transpose(-1, -2), values
+    by_token = (-1, LANES, layout.head_dim)
+    return _part(heads, 0, layout.dtype, by_token, layout.head_elements), values
+
+
 def read_tokens(heads: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V as numbers, both ``[..., page_size, head_dim]`` fp32; for reading only."""
-    keys = key_view(heads, layout).transpose(-1, -2).flatten(-3, -2).to(torch.float32)
-    values = value_view(heads, layout).to(torch.float32)
+    keys, values = (
+        blocks.flatten(-3, -2).to(torch.float32) for blocks in token_blocks(heads, layout)
+    )
     if layout.kv_dtype != SCALED:
         return keys, values
     key_scales, value_scales = scale_views(heads, layout)

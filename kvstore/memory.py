@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from kernels.layout import LANES, PageLayout, key_view, kv_view, scale_views, value_view
+from kernels.layout import LANES, PageLayout, kv_view, scale_views, token_blocks
 from kvstore.page import PageIdentity, group_digest
 from kvstore.shared_pool import SharedPool
 
@@ -84,13 +84,12 @@ class PageMemory:
     def clear_tail(self, slot: int, num_tokens: int) -> None:
         """Zeroes all tokens of a page from ``num_tokens`` on: nobody else's bytes leave with it."""
         heads = self.kv[slot]  # [num_layers, num_kv_heads, head_bytes]
-        keys, values = key_view(heads, self.layout), value_view(heads, self.layout)
-        sub_block, lane = divmod(num_tokens, LANES)
-        if sub_block < keys.shape[2]:
-            keys[:, :, sub_block, :, lane:] = 0
-            keys[:, :, sub_block + 1 :] = 0
-        for by_token in (values, *scale_views(heads, self.layout)):
-            by_token[:, :, num_tokens:] = 0
+        block, lane = divmod(num_tokens, LANES)
+        for blocks in token_blocks(heads, self.layout):
+            blocks[:, :, block : block + 1, lane:] = 0
+            blocks[:, :, block + 1 :] = 0
+        for scales in scale_views(heads, self.layout):
+            scales[:, :, num_tokens:] = 0
 
 
 class PageDigests:

@@ -20,8 +20,13 @@ class PrefixHasher:
 
     def __init__(self, tenant: str, fingerprint: bytes, page_size: int) -> None:
         salt = hashlib.blake2b(tenant.encode(), digest_size=16, key=b"quire tenant salt").digest()
+        self._tenant = tenant
         self._key = salt + fingerprint
         self.page_size = page_size
+
+    def under(self, fingerprint: bytes) -> PrefixHasher:
+        """The hasher of the same tenant and page size under another layout fingerprint."""
+        return PrefixHasher(self._tenant, fingerprint, self.page_size)
 
     def extend(self, parent: bytes, tokens: Sequence[int]) -> bytes:
         """The name of the page that follows ``parent`` and holds ``tokens`` (1 to page_size)."""

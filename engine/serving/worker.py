@@ -183,6 +183,7 @@ class Worker(ABC):
                 total_pages=core.pool.num_pages,
             ),
             state="draining" if self.state == "draining" else "serving",
+            layout=core.fingerprint,
         )
 
     def _watch(self) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from kernels.index_check import check_index, check_range
-from kernels.layout import LANES, SCALED, PageLayout, key_view, scale_views, value_view
+from kernels.layout import LANES, SCALED, PageLayout, scale_views, token_blocks
 
 
 def kv_write(
@@ -21,14 +21,14 @@ def kv_write(
     heads = kv[:, layer]
     if layout.kv_dtype == SCALED:
         key_scales, value_scales = scale_views(heads, layout)
-        k, key_scales[pages, :, offsets] = _quantized(k)
-        v, value_scales[pages, :, offsets] = _quantized(v)
-    key_view(heads, layout)[pages, :, offsets // LANES, :, offsets % LANES] = k.to(layout.dtype)
-    value_view(heads, layout)[pages, :, offsets] = v.to(layout.dtype)
+        k, key_scales[pages, :, offsets] = quantized(k)
+        v, value_scales[pages, :, offsets] = quantized(v)
+    for rows, blocks in zip((k, v), token_blocks(heads, layout), strict=True):
+        blocks[pages, :, offsets // LANES, offsets % LANES] = rows.to(layout.dtype)
 
 
-def _quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers ``[T, Hkv, D]``, still fp32, and scales ``[T, Hkv]``."""
+def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers ``[..., head_dim]``, still fp32, and one scale ``[...]`` for each token and head."""
     finite = x.isfinite().all(-1)
     scales = torch.where(finite, x.abs().amax(-1) / 127, torch.nan)
     integers = (x / scales[..., None]).round().clamp(-127, 127)

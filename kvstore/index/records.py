@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Literal, get_args
 
+from kvstore.fingerprint import LayoutFingerprint
 from kvstore.prefix_hash import HASH_BYTES
 
 WorkerRole = Literal["prefill", "decode"]
@@ -21,6 +22,7 @@ MAX_MODEL_CHARS = 256
 MAX_COUNT = 2**53 - 1  # what JSON and Lua keep exactly
 MAX_ATTEMPT = 2**32 - 1  # uint32 in the protocol
 
+_LAYOUT_COUNTS = frozenset({"num_layers", "num_kv_heads", "head_dim", "page_size"})
 _HEX128 = re.compile(r"[0-9a-f]{32}")
 # A host name, IPv4 or bracketed IPv6 address and a port: no scheme a gRPC resolver would follow.
 _ENDPOINT = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9a-fA-F:.]{2,45}\]):[0-9]{1,5}")
@@ -43,7 +45,10 @@ class WorkerLoad:
 
 @dataclass(frozen=True, slots=True)
 class WorkerRecord:
-    """A worker as it presents itself. ``boot_id`` is new at every start of its process."""
+    """A worker as it presents itself. ``boot_id`` is new at every start of its process.
+
+    ``layout`` has the fields of ``fingerprint``; without it only equal pages can be recognized.
+    """
 
     boot_id: str
     role: WorkerRole
@@ -52,6 +57,7 @@ class WorkerRecord:
     model: str
     load: WorkerLoad
     state: WorkerState
+    layout: LayoutFingerprint | None = None
 
     def __post_init__(self) -> None:
         check_hex128("boot_id", self.boot_id)
@@ -64,6 +70,8 @@ class WorkerRecord:
             raise ValueError(f"model must be text of at most {MAX_MODEL_CHARS} characters")
         if not isinstance(self.load, WorkerLoad):
             raise ValueError("load must be a WorkerLoad")
+        if self.layout is not None:
+            _check_layout(self.layout, self.fingerprint)
 
 
 class HandoverState(StrEnum):
@@ -132,6 +140,18 @@ def check_end(to_state: HandoverState) -> None:
     """Raises ValueError unless an attempt can end in this state."""
     if to_state is HandoverState.OFFERED:
         raise ValueError("to_state must be final; offer a new attempt instead")
+
+
+def _check_layout(layout: LayoutFingerprint, fingerprint: str) -> None:
+    """Types too: the digest cannot tell the number 1 from the text "1"."""
+    for field in fields(layout):
+        value = getattr(layout, field.name)
+        if field.name in _LAYOUT_COUNTS:
+            check_count(f"layout.{field.name}", value, 1, MAX_COUNT)
+        elif not isinstance(value, str):
+            raise ValueError(f"layout.{field.name} must be text")
+    if layout.digest.hex() != fingerprint:
+        raise ValueError("layout must be that of the fingerprint")
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

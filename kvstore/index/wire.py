@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, fields
 from typing import Any
 
+from kvstore.fingerprint import LayoutFingerprint
 from kvstore.index.records import (
     HandoverRecord,
     HandoverState,
@@ -80,6 +81,7 @@ def _worker(boot_id: bytes, endpoint: bytes, body: bytes) -> WorkerRecord | None
     try:
         raw = json.loads(body)
         load = {field.name: raw["load"][field.name] for field in fields(WorkerLoad)}
+        layout = raw.get("layout")
         return WorkerRecord(
             boot_id=boot_id.decode(),
             role=raw["role"],
@@ -88,9 +90,14 @@ def _worker(boot_id: bytes, endpoint: bytes, body: bytes) -> WorkerRecord | None
             model=raw["model"],
             load=WorkerLoad(**load),
             state=raw["state"],
+            layout=_layout(layout) if layout else None,
         )
     except MALFORMED:
         return None
+
+
+def _layout(raw: Any) -> LayoutFingerprint:
+    return LayoutFingerprint(**{field.name: raw[field.name] for field in fields(LayoutFingerprint)})
 
 
 def _boot_id(value: bytes) -> str | None:

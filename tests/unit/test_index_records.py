@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
+from kvstore.fingerprint import LayoutFingerprint
 from kvstore.index import HandoverRecord, HandoverState, WorkerLoad, WorkerRecord
 from kvstore.index.memory import SWEEP_INTERVAL_S, MemoryPageIndex
 
@@ -63,6 +64,25 @@ def test_anything_a_resolver_might_follow_elsewhere_is_no_endpoint(endpoint):
 def test_worker_of_the_wrong_form_is_refused_by_field(field, value):
     with pytest.raises(ValueError, match=field):
         replace(WORKER, **{field: value})
+
+
+LAYOUT = LayoutFingerprint("00" * 16, "int8/bf16/1", 30, 3, 64, 32, "bf16", "k16t_vtd")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("page_size", "32"), ("page_size", 0), ("num_layers", 2**53), ("kv_dtype", 1)],
+)
+def test_layout_of_the_wrong_form_is_refused_by_field(field, value):
+    layout = replace(LAYOUT, **{field: value})
+    with pytest.raises(ValueError, match=f"layout.{field}"):
+        replace(WORKER, fingerprint=layout.digest.hex(), layout=layout)
+
+
+def test_layout_of_another_fingerprint_is_refused():
+    replace(WORKER, fingerprint=LAYOUT.digest.hex(), layout=LAYOUT)
+    with pytest.raises(ValueError, match="layout"):
+        replace(WORKER, layout=LAYOUT)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from kvstore.fingerprint import LayoutFingerprint
 from kvstore.index import (
     HandoverRecord,
     HandoverState,
@@ -42,7 +43,8 @@ def only(*boot_ids: str) -> frozenset[str]:
 
 
 async def test_registered_workers_are_listed_in_full_and_by_role(subject, worker):
-    prefill = worker(boot_id=B)
+    layout = LayoutFingerprint("00" * 16, "int8/bf16/1", 30, 3, 64, 32, "bf16", "k16t_vtd")
+    prefill = worker(boot_id=B, fingerprint=layout.digest.hex(), layout=layout)
     decode = worker(boot_id=A, role="decode", endpoint="[::1]:7000", state="draining")
     await subject.index.register(prefill, LONG_S)
     await subject.index.register(decode, LONG_S)
