@@ -7,6 +7,7 @@ import sys
 from decode_svc.admission import Admission
 from decode_svc.config import DecodeSettings
 from decode_svc.intake import IntakeDesk
+from decode_svc.reader import Reader
 from decode_svc.servicer import InferenceServicer
 from decode_svc.workers import PrefillWorkers
 from engine.admission import Capacity
@@ -31,11 +32,8 @@ class DecodeWorker(Worker):
     def install(self, loaded: LoadedModel, capacity: Capacity, handlers: LateHandlers) -> None:
         settings = self.settings
         self._admission = Admission(settings.max_requests, settings.max_queued_tokens)
-        self._workers = PrefillWorkers(
-            self.index,
-            self.engine.core.fingerprint.digest.hex(),
-            on_gone=self.transports.forget,
-        )
+        reader = Reader(self.engine.core.fingerprint, settings.allow_foreign_kv)
+        self._workers = PrefillWorkers(self.index, reader, on_gone=self.transports.forget)
         self._desk = IntakeDesk(
             self.engine,
             self._workers,

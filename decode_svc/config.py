@@ -41,3 +41,8 @@ class DecodeSettings(WorkerSettings):
         help="where prompts are computed: auto (elsewhere when it pays) or local",
         choices=("auto", "local"),
     )
+    allow_foreign_kv: bool = setting(
+        False,
+        help="take pages of other KV dtypes and numerics too where no others are to be had; "
+        "the tokens are then not those of one engine",
+    )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import grpc
 from opentelemetry.trace import Span, get_current_span
 
+from decode_svc.places import conversion_facts, landing_of
 from decode_svc.workers import PrefillWorkers
 from engine.lifecycle import Lifecycle
 from engine.mailbox import AsyncEngine
@@ -29,9 +30,9 @@ from engine.telemetry.group_spans import GroupSpans
 from engine.telemetry.logs import fields
 from engine.telemetry.metrics import Metrics
 from engine.telemetry.tracing import current_context, record_stage, stage_span
+from kvstore.converting_landing import ConvertingLanding
 from kvstore.index import HandoverRecord, HandoverState, PageIndex, PageIndexError, WorkerRecord
 from kvstore.landing import Landing, LandingError
-from kvstore.prefix_hash import PrefixHasher
 from kvstore.transports import DEFAULT, PageSource, TransportUnavailable, receive
 from kvstore.transports.choice import Transports
 from kvstore.transports.grpc_wire import (
@@ -78,8 +79,12 @@ class Wanted:
 
 @dataclass(slots=True)
 class _Pulled:
-    """What a handover brought, and when its computation ended, by this process's clock."""
+    """What a handover brought, and when its computation ended, by this process's clock.
 
+    ``foreign`` is what the pages stand under if their numbers are not this worker's own.
+    """
+
+    foreign: bytes
     transport: str = DEFAULT
     num_bytes: int = 0
     computed_ns: int = 0
@@ -108,32 +113,38 @@ class IntakeDesk:
     async def fill(self, wanted: Wanted, reserved: Reserved) -> int:
         """Fills reserved pages from a prefill worker; returns how many tokens came that way."""
         reservation = reserved.reservation
-        computed_ns = await self._hand_over(wanted, reservation)
+        pulled = await self._hand_over(wanted, reservation)
         num_here = reservation.num_cached_pages * self._engine.core.settings.page_size
-        num_tokens = num_here if computed_ns is None else reservation.num_tokens
-        self._engine.worker.post(Landed(reserved.name, num_tokens))
-        if computed_ns is not None:
-            self._watch_join(computed_ns)
+        num_tokens = num_here if pulled is None else reservation.num_tokens
+        foreign = b"" if pulled is None else pulled.foreign
+        self._engine.worker.post(Landed(reserved.name, num_tokens, foreign))
+        if pulled is not None:
+            self._watch_join(pulled.computed_ns)
         return num_tokens - num_here
 
     async def close(self) -> None:
         """Waits for what is still being told to others."""
         await asyncio.gather(*self._background, return_exceptions=True)
 
-    async def _hand_over(self, wanted: Wanted, reservation: Reservation) -> int | None:
-        """Brings the pages here, verified and committed; when their computation ended, as far as
-        this clock can tell. None if they are not here."""
+    async def _hand_over(self, wanted: Wanted, reservation: Reservation) -> _Pulled | None:
+        """Brings the pages here, verified and committed. None if they are not here."""
         worker = await self._choose(wanted)
         if worker is None:
+            return None
+        try:
+            landing = self._landing(wanted, reservation, worker)
+        except LandingError as error:
+            self._failed(HandoverFailed(error.reason, str(error)), wanted, worker)
             return None
         self._tell(self._offer(wanted, reservation, worker))
         try:
             with stage_span(Lifecycle.HANDOVER) as span, self._metrics.handover_seconds.time():
-                call = self._call(wanted, reservation, worker)
+                call = self._call(wanted, landing, worker)
                 span.set_attribute("quire.worker", worker.boot_id)
                 with _reason_told(span):
-                    pulled = await self._pull(call, wanted, reservation, worker)
+                    pulled = await self._pull(call, landing, worker)
                 span.set_attribute("quire.bytes", pulled.num_bytes)
+                span.set_attributes(conversion_facts(landing))
         except HandoverFailed as failure:
             self._failed(failure, wanted, worker)
             self._tell(self._settle(call, wanted, worker, HandoverState.FAILED))
@@ -153,7 +164,7 @@ class IntakeDesk:
             ),
         )
         self._tell(self._settle(call, wanted, worker, HandoverState.LANDED))
-        return pulled.computed_ns
+        return pulled
 
     def _watch_join(self, computed_ns: int) -> None:
         """Measures until the engine takes the sequence in: what the requester waited for beyond
@@ -190,13 +201,32 @@ class IntakeDesk:
         if failure.reason != "resource_exhausted":
             self._workers.failed(worker)
 
-    def _call(self, wanted: Wanted, reservation: Reservation, worker: WorkerRecord) -> PrefillCall:
+    def _landing(
+        self, wanted: Wanted, reservation: Reservation, worker: WorkerRecord
+    ) -> Landing | ConvertingLanding:
+        """Where the worker's pages go. Raises LandingError if they can have no place here."""
+        return landing_of(
+            reader=self._workers.reader,
+            worker=worker,
+            memory=self._engine.core.memory,
+            tenant=wanted.tenant,
+            prompt_ids=wanted.prompt_ids,
+            first_page=reservation.num_cached_pages,
+            slots=reservation.slots,
+        )
+
+    def _call(
+        self, wanted: Wanted, landing: Landing | ConvertingLanding, worker: WorkerRecord
+    ) -> PrefillCall:
+        reader = self._workers.reader
         request = pb.PrefillRequest(
             request_id=wanted.request_id,
             attempt=FIRST_ATTEMPT,
             token_ids=wanted.prompt_ids,
-            num_pages_present=reservation.num_cached_pages,
-            fingerprint=fingerprint_to_wire(self._engine.core.fingerprint),
+            num_pages_present=landing.first_source_page,
+            fingerprint=fingerprint_to_wire(reader.fingerprint),
+            source_fingerprint=reader.source(worker).digest,
+            allow_foreign_kv=reader.allow_foreign,
             tenant=wanted.tenant,
             transports=map(
                 transport_to_wire, self._transports.readable(bytes.fromhex(worker.boot_id))
@@ -206,19 +236,9 @@ class IntakeDesk:
         return stub.Prefill(request, timeout=wanted.remaining_s)
 
     async def _pull(
-        self, call: PrefillCall, wanted: Wanted, reservation: Reservation, worker: WorkerRecord
+        self, call: PrefillCall, landing: Landing | ConvertingLanding, worker: WorkerRecord
     ) -> _Pulled:
         """Pulls all pages and the commit. Raises HandoverFailed."""
-        core = self._engine.core
-        landing = Landing(
-            memory=core.memory,
-            hasher=PrefixHasher(wanted.tenant, core.fingerprint.digest, core.settings.page_size),
-            prompt_ids=wanted.prompt_ids,
-            first_page=reservation.num_cached_pages,
-            slots=reservation.slots,
-            fingerprint=core.fingerprint.digest,
-            owner=bytes.fromhex(worker.boot_id),
-        )
         try:
             return await self._read(call, landing, worker)
         except LandingError as error:
@@ -237,8 +257,10 @@ class IntakeDesk:
                 raise
             raise HandoverFailed("cancelled", "the channel was closed") from None
 
-    async def _read(self, call: PrefillCall, landing: Landing, worker: WorkerRecord) -> _Pulled:
-        pulled = _Pulled()
+    async def _read(
+        self, call: PrefillCall, landing: Landing | ConvertingLanding, worker: WorkerRecord
+    ) -> _Pulled:
+        pulled = _Pulled(foreign=self._workers.reader.foreign(worker))
         spans = GroupSpans(Lifecycle.LAND, current_context())
         source: PageSource | None = None
         while True:
@@ -254,7 +276,7 @@ class IntakeDesk:
                     pulled.transport = chosen.name
                     get_current_span().set_attribute("quire.transport", chosen.name)
                     source = await self._transports.source(
-                        chosen, response.accepted.boot_id, self._engine.core.layout
+                        chosen, response.accepted.boot_id, landing.layout
                     )
                 case "frames":
                     began = now_ns()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import grpc
 
 from decode_svc.choose import choose_prefill
+from decode_svc.reader import Reader
 from engine.serving.channels import open_channel
 from kvstore.index import PageIndex, PageIndexError, WorkerRecord
 
@@ -44,12 +45,12 @@ class PrefillWorkers:
     def __init__(
         self,
         index: PageIndex,
-        fingerprint: str,
+        reader: Reader,
         clock: Callable[[], float] = time.monotonic,
         on_gone: Callable[[bytes], None] = lambda boot_id: None,
     ) -> None:
         self._index = index
-        self._fingerprint = fingerprint
+        self.reader = reader
         self._clock = clock
         self._on_gone = on_gone
         self._known: dict[str, _Known] = {}
@@ -60,7 +61,7 @@ class PrefillWorkers:
         now = self._clock()
         self._avoid = {boot: until for boot, until in self._avoid.items() if until > now}
         records = [known.record for known in self._known.values()]
-        return choose_prefill(records, self._fingerprint, self._avoid)
+        return choose_prefill(records, self.reader, self._avoid)
 
     async def find(self) -> WorkerRecord | None:
         """As ``choose``; where it finds nobody, after one more look at who has registered."""
@@ -114,8 +115,8 @@ class PrefillWorkers:
         await self._close_unused()
 
     def _fit(self, record: WorkerRecord) -> str:
-        if record.fingerprint != self._fingerprint:
-            return "other fingerprint"
+        if not self.reader.reads(record):
+            return f"{self.reader.compatibility(record)} fingerprint"
         return "failed lately" if record.boot_id in self._avoid else record.state
 
     async def _close_unused(self) -> None:

@@ -67,10 +67,14 @@ class Cancel:
 @dataclass(frozen=True, slots=True)
 class Landed:
     """The handover into reserved pages is over: nobody writes into them any more, and the first
-    ``num_tokens`` tokens are verified. Only the first one told of a sequence counts."""
+    ``num_tokens`` tokens are verified. Only the first one told of a sequence counts.
+
+    Under ``foreign`` stand pages whose numbers are not this worker's own; empty for all others.
+    """
 
     name: str
     num_tokens: int
+    foreign: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +248,8 @@ class Scheduler:
             case Cancel(name):
                 self._drop(name)
                 self.pool.end_lease(self._leased.pop(name, []), name)
-            case Landed(name, num_tokens):
-                self._land(name, num_tokens)
+            case Landed():
+                self._land(event)
             case ReadsEnded(slots):
                 self.pool.end_reads(slots)
 
@@ -266,14 +270,17 @@ class Scheduler:
         else:
             self._followers.setdefault(leader.name, []).append(event.name)
 
-    def _land(self, name: str, num_tokens: int) -> None:
+    def _land(self, event: Landed) -> None:
+        name = event.name
         self.pool.end_writes(self._writing.pop(name, []))
         if name not in self._reserved:
             return
         sequence = self._sequences[name]
         self._reserved.remove(name)
         self._running.append(name)
-        sequence.num_computed = max(num_tokens, sequence.num_computed)
+        sequence.num_computed = max(event.num_tokens, sequence.num_computed)
+        if event.foreign:
+            sequence.hasher = sequence.hasher.under(event.foreign)
         self._seal_full_pages(sequence)
         if sequence.has_prompt:
             self._wake_followers(name)
@@ -433,10 +440,13 @@ class Scheduler:
         return True
 
     def _wake_followers(self, leader: str) -> None:
-        """Sequences of the same prompt can share the leader's pages now."""
+        """Sequences of the same prompt can share the leader's pages now, of whatever numbers."""
+        known = self._sequences.get(leader)
         for name in reversed(self._followers.pop(leader, [])):
             if name in self._sequences:
                 self._waiting.appendleft(name)
+                if known is not None:
+                    self._sequences[name].hasher = known.hasher
 
     # -- sealing
 

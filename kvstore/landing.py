@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from kernels.layout import PageLayout
 from kvstore.memory import PageMemory
-from kvstore.page import Commit, PageFrame, PageReference, digest_of, group_digest
+from kvstore.page import Commit, PageFrame, PageReference, Payload, digest_of, group_digest
 from kvstore.prefix_hash import PrefixHasher
 
 
@@ -28,8 +29,15 @@ class LandingError(Exception):
 class LandingPlace(Protocol):
     """Where frames go, whatever brings them: ``claim``, copy, ``verify`` for each, then ``finish``.
 
+    ``layout`` is the owner's; the first of its pages that is wanted is ``first_source_page``.
     ``kvstore.transports.receive`` does the first three. All raise LandingError.
     """
+
+    @property
+    def layout(self) -> PageLayout: ...
+
+    @property
+    def first_source_page(self) -> int: ...
 
     @property
     def num_landed_pages(self) -> int:
@@ -66,14 +74,13 @@ class Landing:
         fingerprint: bytes,
         owner: bytes,
     ) -> None:
+        self.layout = memory.layout
+        self.first_source_page = first_page
         self._memory = memory
         self._slots = slots
         self._tokens = prompt_ids[: len(prompt_ids) - 1]
-        names = hasher.full_pages(self._tokens)
-        if len(self._tokens) % hasher.page_size:
-            names.append(hasher.prompt(self._tokens))
         self._book = PageBook(
-            names=names,
+            names=hasher.all_pages(self._tokens),
             first_page=first_page,
             num_tokens=len(self._tokens),
             page_size=hasher.page_size,
@@ -93,13 +100,18 @@ class Landing:
     def verify(self, frame: PageFrame) -> None:
         place = self._book.place_of(frame)
         target = self._memory.group(self._slots[place], frame.layer_group)
-        found = group_digest(frame.identity, frame.layer_group, frame.num_layer_groups, target)
-        if found != frame.digest:
-            raise LandingError("digest", "payload does not match its digest")
+        check_digest(frame, target)
         self._book.landed(frame)
 
     def finish(self, commit: Commit) -> None:
         self._book.finish(commit)
+
+
+def check_digest(frame: PageFrame, landed: Payload) -> None:
+    """Digests what has landed of a frame. Raises LandingError."""
+    found = group_digest(frame.identity, frame.layer_group, frame.num_layer_groups, landed)
+    if found != frame.digest:
+        raise LandingError("digest", "payload does not match its digest")
 
 
 class PageBook:

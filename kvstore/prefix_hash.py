@@ -45,9 +45,10 @@ class PrefixHasher:
             names.append(self.extend(parent, tokens[start : start + self.page_size]))
         return names
 
-    def prompt(self, tokens: Sequence[int]) -> bytes:
-        """The name of the last page of ``tokens``, partial or full; ROOT for none."""
+    def all_pages(self, tokens: Sequence[int]) -> list[bytes]:
+        """Names of all pages of ``tokens``, the last of which may be partial."""
         names = self.full_pages(tokens)
-        last = names[-1] if names else ROOT
         rest = tokens[len(names) * self.page_size :]
-        return self.extend(last, rest) if rest else last
+        if rest:
+            names.append(self.extend(names[-1] if names else ROOT, rest))
+        return names

@@ -127,8 +127,13 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         except WireError as error:
             raise HandoverRejected(str(error)) from None
         ours = self._engine.core.fingerprint
-        if theirs != ours:
-            raise HandoverRejected(f"layout fingerprints differ: {ours.differences(theirs)}")
+        fit = ours.compatibility(theirs)
+        if not fit.readable(allow_foreign=request.allow_foreign_kv):
+            raise HandoverRejected(f"{fit} layout fingerprints: {ours.differences(theirs)}")
+        if (request.source_fingerprint or theirs.digest) != ours.digest:
+            raise HandoverRejected(
+                f"pages of another layout fingerprint expected: {ours.differences(theirs)}"
+            )
 
     def _check_load(self, num_tokens: int) -> None:
         settings = self._settings

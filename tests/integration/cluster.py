@@ -182,7 +182,8 @@ async def running(
 async def start(role: Any, settings: Any, loaded: LoadedModel | None = None) -> Node:
     """Starts one service in this loop and waits until it serves."""
     stop = asyncio.Event()
-    base = loaded or load_model(settings.model, weights=settings.weights)
+    kv = None if settings.kv == "auto" else settings.kv
+    base = loaded or load_model(settings.model, weights=settings.weights, kv=kv)
     gated = GatedModel(base.model)
     worker = role(settings, stop.set)
     worker.index = RedisPageIndex(settings.redis, timeout_s=INDEX_TIMEOUT_S)

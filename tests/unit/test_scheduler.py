@@ -304,6 +304,23 @@ def test_a_landing_told_twice_joins_once() -> None:
     assert len(driver.output["a"]) == 2
 
 
+def test_pages_of_foreign_numbers_are_shared_by_their_choices_and_by_nobody_else() -> None:
+    driver = Driver(32, min_remote_tokens=16)
+    prompt = tuple(range(41))
+    driver.step(
+        driver.submit("r/0", 0, 2, prompt=prompt, remote=True),
+        driver.submit("r/1", 0, 2, prompt=prompt, after="r/0"),
+    )
+    plan = driver.step(Landed("r/0", 40, foreign=b"f" * 16))
+    assert [(each.name, each.cached_tokens) for each in plan.admissions] == [("r/1", 32)]
+    driver.run()
+    plan = driver.step(driver.submit("next", 0, 1, prompt=prompt))
+    assert plan.admissions[0].cached_tokens == 0
+    driver.run()
+    plan = driver.step(driver.submit("last", 0, 1, prompt=prompt))
+    assert plan.admissions[0].cached_tokens == 32
+
+
 def test_a_landing_after_the_cancel_frees_the_pages() -> None:
     driver = Driver(3, min_remote_tokens=16)
     driver.step(driver.submit("a", 41, 2, remote=True))

@@ -7,23 +7,38 @@ from dataclasses import replace
 import pytest
 
 from decode_svc.choose import choose_prefill
+from decode_svc.reader import Reader
 from decode_svc.workers import AVOID_S, KEEP_S, PrefillWorkers
+from kvstore.fingerprint import LayoutFingerprint
 from kvstore.index import IndexUnavailable, WorkerLoad, WorkerRecord, WorkerRole
 from kvstore.index.memory import MemoryPageIndex
 
-FINGERPRINT = "f" * 32
+LAYOUT = LayoutFingerprint(
+    model_digest="00" * 16,
+    numerics="int8/bf16/1",
+    num_layers=30,
+    num_kv_heads=3,
+    head_dim=64,
+    page_size=32,
+    kv_dtype="bf16",
+    layout_id="k16t_vtd",
+)
+OURS = Reader(LAYOUT)
 
 
-def worker(name: str, queued: int = 0, running: int = 0) -> WorkerRecord:
+def worker(
+    name: str, queued: int = 0, running: int = 0, layout: LayoutFingerprint = LAYOUT
+) -> WorkerRecord:
     load = WorkerLoad(running, 0, queued, 10, 10)
     return WorkerRecord(
         boot_id=name * 32,
         role="prefill",
         endpoint=f"127.0.0.1:{ord(name)}",
-        fingerprint=FINGERPRINT,
+        fingerprint=layout.digest.hex(),
         model="m",
         load=load,
         state="serving",
+        layout=layout,
     )
 
 
@@ -49,20 +64,34 @@ class Clock:
 
 def test_the_least_loaded_worker_of_equal_fingerprint_is_chosen() -> None:
     idle, busy = worker("a", queued=5), worker("b", queued=50)
-    assert choose_prefill([busy, idle], FINGERPRINT, ()) == idle
-    assert choose_prefill([busy, idle], FINGERPRINT, {idle.boot_id}) == busy
-    assert choose_prefill([idle], "0" * 32, ()) is None
-    assert choose_prefill([], FINGERPRINT, ()) is None
+    assert choose_prefill([busy, idle], OURS, ()) == idle
+    assert choose_prefill([busy, idle], OURS, {idle.boot_id}) == busy
+    assert choose_prefill([], OURS, ()) is None
+
+
+def test_a_worker_of_other_pages_is_chosen_where_they_can_be_converted() -> None:
+    """Foreign numbers only if allowed, and then only where there are no others."""
+    other_size = worker("a", queued=50, layout=replace(LAYOUT, page_size=64))
+    foreign = worker("b", layout=replace(LAYOUT, kv_dtype="fp32", numerics="int8/fp32/1"))
+    other_model = worker("c", layout=replace(LAYOUT, model_digest="11" * 16))
+    untold = replace(worker("d", layout=replace(LAYOUT, page_size=16)), layout=None)
+    everyone = [other_size, foreign, other_model, untold]
+    assert choose_prefill(everyone, OURS, ()) == other_size
+    assert choose_prefill([foreign, other_model, untold], OURS, ()) is None
+    lenient = replace(OURS, allow_foreign=True)
+    assert choose_prefill(everyone, lenient, ()) == other_size
+    assert choose_prefill([foreign, other_model, untold], lenient, ()) == foreign
+    assert choose_prefill([other_model, untold], lenient, ()) is None
 
 
 @pytest.mark.parametrize("change", [{"role": "decode"}, {"state": "draining"}])
 def test_other_roles_and_draining_workers_are_not_chosen(change: dict[str, str]) -> None:
-    assert choose_prefill([replace(worker("a"), **change)], FINGERPRINT, ()) is None  # type: ignore[arg-type]
+    assert choose_prefill([replace(worker("a"), **change)], OURS, ()) is None  # type: ignore[arg-type]
 
 
 async def test_a_silent_index_leaves_the_last_list_in_use_for_good() -> None:
     index, clock = Index(), Clock()
-    workers = PrefillWorkers(index, FINGERPRINT, clock)
+    workers = PrefillWorkers(index, OURS, clock)
     index.listed = [worker("a")]
     await workers.refresh()
     index.listed = None
@@ -73,7 +102,7 @@ async def test_a_silent_index_leaves_the_last_list_in_use_for_good() -> None:
 
 async def test_a_worker_that_registered_since_the_last_look_is_found() -> None:
     index = Index()
-    workers = PrefillWorkers(index, FINGERPRINT, Clock())
+    workers = PrefillWorkers(index, OURS, Clock())
     await workers.refresh()
     assert await workers.find() is None
     index.listed = [worker("a")]
@@ -83,7 +112,7 @@ async def test_a_worker_that_registered_since_the_last_look_is_found() -> None:
 
 async def test_while_a_worker_is_known_finding_one_asks_the_index_nothing() -> None:
     index = Index()
-    workers = PrefillWorkers(index, FINGERPRINT, Clock())
+    workers = PrefillWorkers(index, OURS, Clock())
     index.listed = [worker("a")]
     await workers.refresh()
     index.listed = [worker("b")]
@@ -92,7 +121,7 @@ async def test_while_a_worker_is_known_finding_one_asks_the_index_nothing() -> N
 
 async def test_an_index_restarted_empty_is_not_believed_at_once() -> None:
     index, clock = Index(), Clock()
-    workers = PrefillWorkers(index, FINGERPRINT, clock)
+    workers = PrefillWorkers(index, OURS, clock)
     index.listed = [worker("a")]
     await workers.refresh()
     index.listed = []
@@ -105,7 +134,7 @@ async def test_an_index_restarted_empty_is_not_believed_at_once() -> None:
 
 async def test_a_worker_that_failed_is_left_alone_for_a_while() -> None:
     index, clock = Index(), Clock()
-    workers = PrefillWorkers(index, FINGERPRINT, clock)
+    workers = PrefillWorkers(index, OURS, clock)
     index.listed = [worker("a"), worker("b", queued=9)]
     await workers.refresh()
     workers.failed(worker("a"))
@@ -116,7 +145,7 @@ async def test_a_worker_that_failed_is_left_alone_for_a_while() -> None:
 
 async def test_a_worker_whose_endpoint_another_one_has_taken_is_forgotten_at_once() -> None:
     index = Index()
-    workers = PrefillWorkers(index, FINGERPRINT, Clock())
+    workers = PrefillWorkers(index, OURS, Clock())
     dead, bystander = worker("a"), worker("c", queued=9)
     heir = replace(worker("b", queued=5), endpoint=dead.endpoint)
     index.listed = [dead, bystander]
@@ -130,7 +159,7 @@ async def test_a_worker_whose_endpoint_another_one_has_taken_is_forgotten_at_onc
 
 async def test_a_worker_restarted_at_its_endpoint_gets_a_channel_of_its_own() -> None:
     index = Index()
-    workers = PrefillWorkers(index, FINGERPRINT, Clock())
+    workers = PrefillWorkers(index, OURS, Clock())
     dead = worker("a")
     heir = replace(worker("b"), endpoint=dead.endpoint)
     index.listed = [dead]
@@ -147,12 +176,12 @@ async def test_a_worker_restarted_at_its_endpoint_gets_a_channel_of_its_own() ->
 
 async def test_what_speaks_against_each_worker_is_told() -> None:
     index = Index()
-    workers = PrefillWorkers(index, FINGERPRINT, Clock())
+    workers = PrefillWorkers(index, OURS, Clock())
     assert workers.standing() == "none known"
-    strange = replace(worker("c"), fingerprint="0" * 32)
+    strange = worker("c", layout=replace(LAYOUT, head_dim=128))
     index.listed = [worker("a"), replace(worker("b"), state="draining"), strange]
     await workers.refresh()
     workers.failed(worker("a"))
     assert workers.choose() is None
-    told = ["97 failed lately", "98 draining", "99 other fingerprint"]
+    told = ["97 failed lately", "98 draining", "99 incompatible fingerprint"]
     assert workers.standing() == ", ".join(f"127.0.0.1:{each}" for each in told)

@@ -20,7 +20,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class LayoutFingerprint(_message.Message):
-    """Two workers may exchange pages exactly when every field here agrees."""
+    """Pages travel as they are where every field agrees, and are converted by their receiver where only
+    page size or layout id differ.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -48,7 +50,7 @@ class LayoutFingerprint(_message.Message):
     page_size: _builtins.int
     """Tokens per page."""
     kv_dtype: _builtins.str
-    """Element type of K and V in the page: "fp32" or "bf16"."""
+    """Element type of K and V in the page: "fp32", "bf16" or "int8"."""
     layout_id: _builtins.str
     """Name of the order of bytes inside a page."""
     def __init__(

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from quire.v1 import pages_pb2 as quire_dot_v1_dot_pages__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16quire/v1/prefill.proto\x12\x08quire.v1\x1a\x14quire/v1/pages.proto\"\xea\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_pages_present\x18\x04 \x01(\r\x12\x30\n\x0b\x66ingerprint\x18\x05 \x01(\x0b\x32\x1b.quire.v1.LayoutFingerprint\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x31\n\ntransports\x18\x07 \x03(\x0b\x32\x1d.quire.v1.TransportDescriptor\x12\x10\n\x08kv_group\x18\x08 \x01(\r\"\xd3\x01\n\x0fPrefillResponse\x12-\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x19.quire.v1.PrefillAcceptedH\x00\x12\"\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x10.quire.v1.CommitH\x00\x12-\n\x08progress\x18\x04 \x01(\x0b\x32\x19.quire.v1.PrefillProgressH\x00\x12&\n\x06\x66rames\x18\x05 \x01(\x0b\x32\x14.quire.v1.PageFramesH\x00\x42\t\n\x07messageJ\x04\x08\x02\x10\x03R\x05\x66rame\"|\n\x0fPrefillAccepted\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\x0c\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\x12\x30\n\ttransport\x18\x04 \x01(\x0b\x32\x1d.quire.v1.TransportDescriptor\"%\n\x0fPrefillProgress\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\"J\n\x13ReleasePagesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06landed\x18\x03 \x01(\x08\"(\n\x14ReleasePagesResponse\x12\x10\n\x08released\x18\x01 \x01(\x08\x32\xa1\x01\n\x0ePrefillService\x12@\n\x07Prefill\x12\x18.quire.v1.PrefillRequest\x1a\x19.quire.v1.PrefillResponse0\x01\x12M\n\x0cReleasePages\x12\x1d.quire.v1.ReleasePagesRequest\x1a\x1e.quire.v1.ReleasePagesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16quire/v1/prefill.proto\x12\x08quire.v1\x1a\x14quire/v1/pages.proto\"\xa0\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_pages_present\x18\x04 \x01(\r\x12\x30\n\x0b\x66ingerprint\x18\x05 \x01(\x0b\x32\x1b.quire.v1.LayoutFingerprint\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x31\n\ntransports\x18\x07 \x03(\x0b\x32\x1d.quire.v1.TransportDescriptor\x12\x10\n\x08kv_group\x18\x08 \x01(\r\x12\x1a\n\x12source_fingerprint\x18\t \x01(\x0c\x12\x18\n\x10\x61llow_foreign_kv\x18\n \x01(\x08\"\xd3\x01\n\x0fPrefillResponse\x12-\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x19.quire.v1.PrefillAcceptedH\x00\x12\"\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x10.quire.v1.CommitH\x00\x12-\n\x08progress\x18\x04 \x01(\x0b\x32\x19.quire.v1.PrefillProgressH\x00\x12&\n\x06\x66rames\x18\x05 \x01(\x0b\x32\x14.quire.v1.PageFramesH\x00\x42\t\n\x07messageJ\x04\x08\x02\x10\x03R\x05\x66rame\"|\n\x0fPrefillAccepted\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\x0c\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\x12\x30\n\ttransport\x18\x04 \x01(\x0b\x32\x1d.quire.v1.TransportDescriptor\"%\n\x0fPrefillProgress\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\"J\n\x13ReleasePagesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06landed\x18\x03 \x01(\x08\"(\n\x14ReleasePagesResponse\x12\x10\n\x08released\x18\x01 \x01(\x08\x32\xa1\x01\n\x0ePrefillService\x12@\n\x07Prefill\x12\x18.quire.v1.PrefillRequest\x1a\x19.quire.v1.PrefillResponse0\x01\x12M\n\x0cReleasePages\x12\x1d.quire.v1.ReleasePagesRequest\x1a\x1e.quire.v1.ReleasePagesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,17 +33,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'quire.v1.prefill_pb2', _glo
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLREQUEST']._serialized_start=59
-  _globals['_PREFILLREQUEST']._serialized_end=293
-  _globals['_PREFILLRESPONSE']._serialized_start=296
-  _globals['_PREFILLRESPONSE']._serialized_end=507
-  _globals['_PREFILLACCEPTED']._serialized_start=509
-  _globals['_PREFILLACCEPTED']._serialized_end=633
-  _globals['_PREFILLPROGRESS']._serialized_start=635
-  _globals['_PREFILLPROGRESS']._serialized_end=672
-  _globals['_RELEASEPAGESREQUEST']._serialized_start=674
-  _globals['_RELEASEPAGESREQUEST']._serialized_end=748
-  _globals['_RELEASEPAGESRESPONSE']._serialized_start=750
-  _globals['_RELEASEPAGESRESPONSE']._serialized_end=790
-  _globals['_PREFILLSERVICE']._serialized_start=793
-  _globals['_PREFILLSERVICE']._serialized_end=954
+  _globals['_PREFILLREQUEST']._serialized_end=347
+  _globals['_PREFILLRESPONSE']._serialized_start=350
+  _globals['_PREFILLRESPONSE']._serialized_end=561
+  _globals['_PREFILLACCEPTED']._serialized_start=563
+  _globals['_PREFILLACCEPTED']._serialized_end=687
+  _globals['_PREFILLPROGRESS']._serialized_start=689
+  _globals['_PREFILLPROGRESS']._serialized_end=726
+  _globals['_RELEASEPAGESREQUEST']._serialized_start=728
+  _globals['_RELEASEPAGESREQUEST']._serialized_end=802
+  _globals['_RELEASEPAGESRESPONSE']._serialized_start=804
+  _globals['_RELEASEPAGESRESPONSE']._serialized_end=844
+  _globals['_PREFILLSERVICE']._serialized_start=847
+  _globals['_PREFILLSERVICE']._serialized_end=1008
 # @@protoc_insertion_point(module_scope)

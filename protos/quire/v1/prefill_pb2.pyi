@@ -33,23 +33,33 @@ class PrefillRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     KV_GROUP_FIELD_NUMBER: _builtins.int
+    SOURCE_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    ALLOW_FOREIGN_KV_FIELD_NUMBER: _builtins.int
     request_id: _builtins.bytes
     """Made by the decode service, 16 bytes."""
     attempt: _builtins.int
     """Counts tries of the same request from 1; messages of an older attempt have no effect."""
     num_pages_present: _builtins.int
-    """Leading full pages the receiver already has; they are not sent."""
+    """Leading full pages, in the owner's page size, that the receiver already has; not sent."""
     tenant: _builtins.str
     """Salt that separates tenants' prefix hashes; empty for the default tenant."""
     kv_group: _builtins.int
     """Group of caches wanted: 0 is the target model, others are reserved."""
+    source_fingerprint: _builtins.bytes
+    """Digest of the fingerprint the receiver takes the owner's pages for, 16 bytes; empty where that
+    is its own. Refused with FAILED_PRECONDITION unless they have it.
+    """
+    allow_foreign_kv: _builtins.bool
+    """Whether the receiver also takes pages of another KV dtype or numerics version."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The whole prompt. Pages are built for all but the last token."""
 
     @_builtins.property
     def fingerprint(self) -> _pages_pb2.LayoutFingerprint:
-        """What the receiver can read; refused with FAILED_PRECONDITION unless equal."""
+        """The receiver's own pages. Pages of other page size or layout id are converted by it; anything
+        else is refused with FAILED_PRECONDITION.
+        """
 
     @_builtins.property
     def transports(self) -> _containers.RepeatedCompositeFieldContainer[_pages_pb2.TransportDescriptor]:
@@ -68,10 +78,12 @@ class PrefillRequest(_message.Message):
         tenant: _builtins.str = ...,
         transports: _abc.Iterable[_pages_pb2.TransportDescriptor] | None = ...,
         kv_group: _builtins.int = ...,
+        source_fingerprint: _builtins.bytes = ...,
+        allow_foreign_kv: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "fingerprint", b"fingerprint", "kv_group", b"kv_group", "num_pages_present", b"num_pages_present", "request_id", b"request_id", "tenant", b"tenant", "token_ids", b"token_ids", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_foreign_kv", b"allow_foreign_kv", "attempt", b"attempt", "fingerprint", b"fingerprint", "kv_group", b"kv_group", "num_pages_present", b"num_pages_present", "request_id", b"request_id", "source_fingerprint", b"source_fingerprint", "tenant", b"tenant", "token_ids", b"token_ids", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
