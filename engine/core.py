@@ -32,6 +32,7 @@ from engine.outputs import (
     StepStats,
 )
 from engine.scheduler import (
+    Cancel,
     Event,
     Fault,
     FinishedPage,
@@ -113,6 +114,11 @@ class EngineCore:
     def post(self, event: Event) -> None:
         """An event for the next step."""
         self._events.append(event)
+
+    @property
+    def leaving(self) -> set[str]:
+        """Names whose end has been told and not been taken in yet."""
+        return {event.name for event in self._events if isinstance(event, Cancel)}
 
     def forget(self, name: str) -> None:
         """No more output for a sequence; its cancellation is a matter of the scheduler."""

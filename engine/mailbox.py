@@ -71,11 +71,26 @@ class AsyncEngine:
         self._on_broken = on_broken
         self._mailboxes: dict[str, Mailbox] = {}
         self.digests = PageDigests(core.memory)
+        self._filling: set[str] = set()
         self.worker = EngineWorker(core, self._deliver, self._broken)
 
     def start(self) -> None:
         self._loop.add_reader(self.core.progress.event, self._progressed)
         self.worker.start()
+
+    @property
+    def callers(self) -> set[str]:
+        """Sequences whose requests are in progress, or whose reserved pages are being filled."""
+        return self._mailboxes.keys() | self._filling
+
+    def begin_filling(self, name: str) -> None:
+        """Somebody fills the sequence's reserved pages, until ``end_filling`` tells otherwise."""
+        self._filling.add(name)
+
+    def end_filling(self, name: str) -> None:
+        """Nobody writes into the sequence's reserved pages now; what did not land is computed."""
+        self._filling.discard(name)
+        self.worker.post(Landed(name, 0))
 
     async def stop(self) -> None:
         self._loop.remove_reader(self.core.progress.event)

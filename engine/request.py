@@ -31,7 +31,6 @@ from engine.outputs import (
     TokenOutput,
 )
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Landed
 from engine.telemetry.attributes import (
     GEN_AI_RESPONSE_FINISH_REASONS,
     GEN_AI_RESPONSE_ID,
@@ -172,6 +171,7 @@ class _Run:
             case Admitted(name, cached_tokens):
                 self._admitted(name, cached_tokens)
             case Reserved(reservation):
+                self._engine.begin_filling(reservation.name)
                 self._intake = asyncio.create_task(self._run_intake(output))
                 self._intake.add_done_callback(partial(self._intake_ended, reservation.name))
             case ChunkDone():
@@ -212,7 +212,7 @@ class _Run:
         did not land is computed here. It changes nothing if the intake has told of a landing."""
         if not intake.cancelled() and intake.exception() is not None:
             log.error("intake failed; the prompt is computed here", exc_info=intake.exception())
-        self._engine.worker.post(Landed(name, 0))
+        self._engine.end_filling(name)
 
     def _token(self, output: TokenOutput) -> Delta:
         now = now_ns()

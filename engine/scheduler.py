@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from engine.audit import Holders
 from engine.sequence import Goal, Sequence
 from kvstore.ledger import PageViolation
 from kvstore.pool import PagePool
@@ -197,6 +198,12 @@ class Scheduler:
     def sequence(self, name: str) -> Sequence | None:
         return self._sequences.get(name)
 
+    @property
+    def holders(self) -> Holders:
+        """Everyone who holds pages as far as this scheduler knows, with their pages."""
+        owned = {name: tuple(each.pages) for name, each in self._sequences.items()}
+        return Holders(owned, _frozen(self._leased), _frozen(self._writing))
+
     def plan(self, events: Iterable[Event]) -> StepPlan:
         """Takes the events in, then says what the next step runs."""
         for event in events:
@@ -272,7 +279,7 @@ class Scheduler:
 
     def _land(self, event: Landed) -> None:
         name = event.name
-        self.pool.end_writes(self._writing.pop(name, []))
+        self.pool.end_writes(self._writing.pop(name, []), name)
         if name not in self._reserved:
             return
         sequence = self._sequences[name]
@@ -431,7 +438,7 @@ class Scheduler:
         num_cached = len(sequence.page_names)
         slots = sequence.pages[num_cached : self.pool.pages_for(num_tokens)]
         for slot in slots:
-            self.pool.ledger.begin_write(slot)
+            self.pool.ledger.begin_write(slot, sequence.name)
         self._writing[sequence.name] = slots
         self._reserved.add(sequence.name)
         admitted.reservations.append(
@@ -519,6 +526,10 @@ class Scheduler:
             pages=tuple(sequence.pages[: self.pool.pages_for(end)]),
             wants_logits=sequence.goal is Goal.GENERATE and end == len(sequence.tokens),
         )
+
+
+def _frozen(slots: Mapping[str, list[int]]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(each) for name, each in slots.items()}
 
 
 class _Admitted:

@@ -38,15 +38,16 @@ class PageViolation(Exception):
 
 @dataclass(slots=True)
 class PageRecord:
-    """One slot. ``owners`` are names of sequences; ``since`` is the time of allocation."""
+    """One slot. ``owners`` and ``writers`` are names of sequences; ``since`` is the time of
+    allocation."""
 
     slot: int
     state: PageState = PageState.FREE
     generation: int = 0
     owners: set[str] = field(default_factory=set)
     leases: set[str] = field(default_factory=set)
+    writers: set[str] = field(default_factory=set)
     num_readers: int = 0
-    num_writers: int = 0
     cached: bool = False
     prefix_hash: bytes | None = None
     num_tokens: int = 0
@@ -56,19 +57,29 @@ class PageRecord:
     @property
     def held(self) -> bool:
         """Whether anyone but the prefix cache needs the page."""
-        return bool(self.owners or self.leases or self.num_readers or self.num_writers)
+        return bool(self.owners or self.leases) or self.being_read or self.being_written
+
+    @property
+    def being_read(self) -> bool:
+        return self.num_readers > 0
+
+    @property
+    def being_written(self) -> bool:
+        return bool(self.writers)
 
     @property
     def reason(self) -> str:
         """Why the slot is not free, in words."""
         if self.violation:
             return f"violation: {self.violation}"
+        uses = [f"the write for {name}" for name in sorted(self.writers)]
+        if self.num_readers:
+            uses.append(f"{self.num_readers} reads")
+        if self.state is PageState.QUARANTINED:
+            return f"waits for the end of {' and '.join(uses)}"
         holds = [f"owned by {name}" for name in sorted(self.owners)]
         holds += [f"leased to {name}" for name in sorted(self.leases)]
-        if self.num_readers:
-            holds.append(f"{self.num_readers} reading")
-        if self.num_writers:
-            holds.append(f"{self.num_writers} writing")
+        holds += [f"in {use}" for use in uses]
         if self.cached:
             holds.append("kept by the prefix cache")
         return ", ".join(holds) or "free"
@@ -128,7 +139,7 @@ class Ledger:
     def seal(self, slot: int, prefix_hash: bytes, num_tokens: int) -> None:
         """The content is final and stands for the prefix named."""
         record = self._expect(slot, PageState.FILLING, "seal")
-        if record.num_writers:
+        if record.being_written:
             raise self._violated(record, "sealed while someone writes")
         record.prefix_hash = prefix_hash
         record.num_tokens = num_tokens
@@ -179,14 +190,18 @@ class Ledger:
         record.num_readers -= 1
         self._settle(record)
 
-    def begin_write(self, slot: int) -> None:
-        self._expect(slot, PageState.FILLING, "write").num_writers += 1
+    def begin_write(self, slot: int, writer: str) -> None:
+        """Somebody else than the owner writes, on behalf of the sequence ``writer``."""
+        record = self._expect(slot, PageState.FILLING, "write")
+        if writer in record.writers:
+            raise self._violated(record, f"written twice for {writer}")
+        record.writers.add(writer)
 
-    def end_write(self, slot: int) -> None:
+    def end_write(self, slot: int, writer: str) -> None:
         record = self._records[slot]
-        if not record.num_writers:
-            raise self._violated(record, "a write ended that never began")
-        record.num_writers -= 1
+        if writer not in record.writers:
+            raise self._violated(record, f"a write for {writer} ended that never began")
+        record.writers.remove(writer)
         self._settle(record)
 
     def keep(self, slot: int) -> None:
@@ -210,14 +225,13 @@ class Ledger:
         assert len(free) == len(self._free_slots) == counts[PageState.FREE]
         for record in self._records:
             assert record.num_readers >= 0
-            assert record.num_writers >= 0
             assert (record.state is PageState.FREE) == (record.slot in free)
             if record.state is PageState.FREE:
                 assert not record.held
                 assert not record.cached
             if record.state in (PageState.FILLING, PageState.SEALED):
                 assert record.held or record.cached, f"page {record.slot} is lost"
-            if record.num_writers:
+            if record.being_written:
                 assert record.state in (PageState.FILLING, PageState.QUARANTINED)
 
     def _settle(self, record: PageRecord) -> None:

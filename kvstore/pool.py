@@ -124,8 +124,8 @@ class PagePool:
     def end_reads(self, slots: Sequence[int]) -> None:
         self._let_go(slots, self.ledger.end_read)
 
-    def end_writes(self, slots: Sequence[int]) -> None:
-        self._let_go(slots, self.ledger.end_write)
+    def end_writes(self, slots: Sequence[int], writer: str) -> None:
+        self._let_go(slots, lambda slot: self.ledger.end_write(slot, writer))
 
     def take_violations(self) -> list[PageViolation]:
         """What went wrong in letting go since the last call."""

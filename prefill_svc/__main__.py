@@ -24,9 +24,10 @@ class PrefillWorker(Worker):
     main_service = "quire.v1.PrefillService"
     settings: PrefillSettings
     _servicer: PrefillServicer
+    _handovers: Handovers
 
     def install(self, loaded: LoadedModel, capacity: Capacity, handlers: LateHandlers) -> None:
-        handovers = Handovers(self.settings.lease_s, time.monotonic)
+        self._handovers = handovers = Handovers(self.settings.lease_s, time.monotonic)
         self._servicer = PrefillServicer(
             self.engine, capacity, self.settings, handovers, self.transports, self.metrics
         )
@@ -35,6 +36,9 @@ class PrefillWorker(Worker):
 
     def queued_tokens(self) -> int:
         return self._servicer.queued_tokens
+
+    def callers(self) -> set[str]:
+        return super().callers() | self._handovers.names
 
     async def drain(self, timeout_s: float) -> None:
         self._servicer.draining = True

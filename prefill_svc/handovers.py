@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from engine.errors import StaleAttempt
 
 
+def sequence_name(request_id: bytes, attempt: int) -> str:
+    """Of the sequence that builds an attempt's pages, and of the lease on them."""
+    return f"{request_id.hex()}/{attempt}"
+
+
 @dataclass(slots=True)
 class _Handover:
     attempt: int
@@ -30,6 +35,13 @@ class Handovers:
 
     def __len__(self) -> int:
         return len(self._current)
+
+    @property
+    def names(self) -> set[str]:
+        """Of the sequences that build or hold the pages of present attempts."""
+        return {
+            sequence_name(request_id, each.attempt) for request_id, each in self._current.items()
+        }
 
     def begin(self, request_id: bytes, attempt: int, cancel: Callable[[], None]) -> None:
         """Registers an attempt; ``cancel`` frees what it holds. Raises StaleAttempt."""

@@ -28,7 +28,7 @@ from kvstore.transports.grpc_wire import (
 )
 from prefill_svc.config import PrefillSettings
 from prefill_svc.export import Export, Message, num_bytes
-from prefill_svc.handovers import Handovers
+from prefill_svc.handovers import Handovers, sequence_name
 from quire.v1 import pages_pb2, prefill_pb2_grpc
 from quire.v1 import prefill_pb2 as pb
 
@@ -65,7 +65,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     ) -> AsyncIterator[pb.PrefillResponse]:
         prompt_ids = self._admit(request)
         transport = self._transport(request)
-        name = f"{request.request_id.hex()}/{request.attempt}"
+        name = sequence_name(request.request_id, request.attempt)
         self._handovers.begin(
             request.request_id, request.attempt, lambda: self._engine.worker.cancel(name)
         )

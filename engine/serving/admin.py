@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
+from engine.audit import Holders, broken_laws, orphans, snapshot
 from engine.core import EngineCore
 from engine.mailbox import AsyncEngine
 from engine.serving.status import maps_errors
@@ -19,7 +21,8 @@ from quire.v1 import admin_pb2_grpc
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
-    """Looks into one worker. ``drain`` starts its way out; ``state`` names where it is."""
+    """Looks into one worker. ``drain`` starts its way out; ``state`` names where it is; ``callers``
+    are the names that a request or lease here answers for."""
 
     def __init__(
         self,
@@ -27,12 +30,14 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         role: str,
         state: Callable[[], str],
         drain: Callable[[], None],
+        callers: Callable[[], set[str]],
         index_reachable: Callable[[], bool],
     ) -> None:
         self._engine = engine
         self._role = role
         self._state = state
         self._drain = drain
+        self._callers = callers
         self._index_reachable = index_reachable
 
     @maps_errors
@@ -57,7 +62,31 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     async def ListPages(
         self, request: pb.ListPagesRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.ListPagesResponse:
-        return await self._engine.call(_pages_of)
+        # Who came while we looked is known after it, who went was known before: neither is missed.
+        before = self._callers()
+        books = await self._engine.call(_books_of)
+        callers = before | self._callers()
+        strays = orphans(books.records, books.holders, callers | books.leaving)
+        now = time.monotonic()
+        return pb.ListPagesResponse(
+            boot_id=self._engine.core.boot_id,
+            counts=books.counts,
+            pages=[_record_of(each, now, strays.get(each.slot, "")) for each in books.records],
+            callers=sorted(callers),
+        )
+
+    @maps_errors
+    async def CheckPages(
+        self, request: pb.CheckPagesRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.CheckPagesResponse:
+        problems = await self._engine.call(
+            lambda core: broken_laws(core.pool, core.scheduler.holders)
+        )
+        return pb.CheckPagesResponse(
+            boot_id=self._engine.core.boot_id,
+            num_pages=self._engine.core.pool.num_pages,
+            problems=problems,
+        )
 
 
 def _state_of(core: EngineCore) -> pb.GetStateResponse:
@@ -71,14 +100,19 @@ def _state_of(core: EngineCore) -> pb.GetStateResponse:
     )
 
 
-def _pages_of(core: EngineCore) -> pb.ListPagesResponse:
-    ledger, now = core.pool.ledger, time.monotonic()
-    records = [ledger[slot] for slot in range(len(ledger))]
-    return pb.ListPagesResponse(
-        boot_id=core.boot_id,
-        counts=_counts_of(core.pool),
-        pages=[_record_of(each, now) for each in records if each.state is not PageState.FREE],
-    )
+@dataclass(frozen=True, slots=True)
+class _Books:
+    """What a worker's thread knows of its pages at one moment."""
+
+    records: list[PageRecord]
+    counts: pb.PageCounts
+    holders: Holders
+    leaving: set[str]
+
+
+def _books_of(core: EngineCore) -> _Books:
+    pool = core.pool
+    return _Books(snapshot(pool.ledger), _counts_of(pool), core.scheduler.holders, core.leaving)
 
 
 def _counts_of(pool: PagePool) -> pb.PageCounts:
@@ -92,18 +126,21 @@ def _counts_of(pool: PagePool) -> pb.PageCounts:
     )
 
 
-def _record_of(record: PageRecord, now: float) -> pb.PageRecord:
+def _record_of(record: PageRecord, now: float, orphan: str) -> pb.PageRecord:
     return pb.PageRecord(
         slot=record.slot,
         generation=record.generation,
         state=str(record.state),
         owners=sorted(record.owners),
         num_readers=record.num_readers,
-        num_writers=record.num_writers,
+        num_writers=len(record.writers),
         num_leases=len(record.leases),
         cached=record.cached,
         prefix_hash=record.prefix_hash or b"",
         num_tokens=record.num_tokens,
         held_s=now - record.since,
         reason=record.reason,
+        lease_holders=sorted(record.leases),
+        writers=sorted(record.writers),
+        orphan=orphan,
     )

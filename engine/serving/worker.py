@@ -85,6 +85,10 @@ class Worker(ABC):
     def queued_tokens(self) -> int:
         """Prompt tokens waiting or in progress here."""
 
+    def callers(self) -> set[str]:
+        """Names under which pages are held that a request or lease here still answers for."""
+        return self.engine.callers
+
     @abstractmethod
     async def close(self) -> None:
         """Ends what ``install`` began."""
@@ -111,6 +115,7 @@ class Worker(ABC):
             self.name,
             state=lambda: self.state,
             drain=self._request_stop,
+            callers=self.callers,
             index_reachable=lambda: self._registration is not None and self._registration.reachable,
         )
         self._watch()

@@ -21,6 +21,7 @@ from typing import Protocol
 from kvstore.index.records import (
     HandoverRecord,
     HandoverState,
+    PageEntry,
     WorkerLoad,
     WorkerRecord,
     WorkerRole,
@@ -32,6 +33,7 @@ __all__ = [
     "HandoverState",
     "IdentityConflict",
     "IndexUnavailable",
+    "PageEntry",
     "PageIndex",
     "PageIndexError",
     "StaleTransition",
@@ -103,6 +105,10 @@ class PageIndex(Protocol):
         self, fingerprint: str, prefix_hashes: Sequence[bytes], boot_id: str
     ) -> None:
         """Worker ``boot_id`` holds these pages no more."""
+
+    async def entries(self) -> list[PageEntry]:
+        """All pages somebody is said to hold, in no order: for audits, as it walks through all of
+        them, one call each. What changes meanwhile may be missed."""
 
     async def offer_handover(self, record: HandoverRecord, ttl_s: float) -> None:
         """Opens an attempt, in state OFFERED; it replaces what an older attempt left.

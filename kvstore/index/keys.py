@@ -13,6 +13,10 @@ script can walk a prompt's prefix.
 
 from __future__ import annotations
 
+import re
+
+_PAGE = re.compile(rb":\{pages:([0-9a-f]{32})\}:([0-9a-f]{32})")
+
 
 class Keys:
     """Names under one ``prefix``, so that several installations may share a server."""
@@ -28,6 +32,16 @@ class Keys:
 
     def page(self, fingerprint: str, prefix_hash: bytes) -> str:
         return f"{self._prefix}:{{pages:{fingerprint}}}:{prefix_hash.hex()}"
+
+    @property
+    def all_pages(self) -> str:
+        """A pattern of every ``page``, as SCAN takes it."""
+        return re.sub(r"([][*?\\])", r"\\\1", self._prefix) + ":{pages:*}:*"
+
+    def parse_page(self, key: bytes) -> tuple[str, bytes] | None:
+        """Fingerprint and prefix hash of a ``page``; None for any other key."""
+        found = _PAGE.fullmatch(key[len(self._prefix.encode()) :])
+        return (found[1].decode(), bytes.fromhex(found[2].decode())) if found else None
 
     def handover(self, request_id: str) -> str:
         return f"{self._prefix}:{{handover:{request_id}}}"

@@ -11,6 +11,7 @@ from kvstore.index import (
     HandoverState,
     IdentityConflict,
     IndexUnavailable,
+    PageEntry,
     StaleTransition,
     WorkerRecord,
     WorkerRole,
@@ -95,6 +96,14 @@ class MemoryPageIndex:
         self._now()
         for prefix_hash in prefix_hashes:
             self._holders.get((fingerprint, prefix_hash), {}).pop(boot_id, None)
+
+    async def entries(self) -> list[PageEntry]:
+        self._now()
+        return [
+            PageEntry(fingerprint, prefix_hash, found[0])
+            for fingerprint, prefix_hash in list(self._holders)
+            if (found := await self.lookup(fingerprint, [prefix_hash]))
+        ]
 
     async def offer_handover(self, record: HandoverRecord, ttl_s: float) -> None:
         check_offer(record)

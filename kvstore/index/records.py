@@ -105,6 +105,15 @@ class HandoverRecord:
             raise ValueError("remaining_s must be 0 or more seconds")
 
 
+@dataclass(frozen=True, slots=True)
+class PageEntry:
+    """What the index says of one page: the boot identities of those who hold it."""
+
+    fingerprint: str
+    prefix_hash: bytes
+    holders: frozenset[str]
+
+
 def check_hex128(name: str, value: object) -> None:
     """Raises ValueError unless ``value`` is 16 bytes in lower-case hex."""
     if not isinstance(value, str) or not _HEX128.fullmatch(value):

@@ -23,6 +23,7 @@ from kvstore.index import (
     HandoverState,
     IdentityConflict,
     IndexUnavailable,
+    PageEntry,
     StaleTransition,
     WorkerRecord,
     WorkerRole,
@@ -49,6 +50,7 @@ MAX_CONNECTIONS = 8
 MAX_HOLDERS = 64
 # A longer script would keep the server from everyone else for too long.
 PAGES_PER_CHANGE = 512
+KEYS_PER_SCAN = 512
 
 SCRIPTS = (
     "worker_register",
@@ -131,6 +133,25 @@ class RedisPageIndex:
     ) -> None:
         for pages in self._portions(fingerprint, prefix_hashes):
             await self._change("page_withdraw", pages, boot_id)
+
+    async def entries(self) -> list[PageEntry]:
+        return [
+            PageEntry(fingerprint, prefix_hash, found[0])
+            for fingerprint, prefix_hash in sorted(await self._page_keys())
+            if (found := await self.lookup(fingerprint, [prefix_hash]))
+        ]
+
+    async def _page_keys(self) -> set[tuple[str, bytes]]:
+        """Fingerprint and prefix hash of every key that is one of a page."""
+        pages, cursor = set(), 0
+        while True:
+            cursor, keys = await self._ask(partial(self._scan, cursor))
+            pages |= {page for key in keys if (page := self._keys.parse_page(key))}
+            if not cursor:
+                return pages
+
+    async def _scan(self, cursor: int) -> Any:
+        return await self._redis.scan(cursor, match=self._keys.all_pages, count=KEYS_PER_SCAN)
 
     async def offer_handover(self, record: HandoverRecord, ttl_s: float) -> None:
         check_offer(record)

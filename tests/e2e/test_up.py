@@ -74,15 +74,18 @@ def test_choices_and_logprobs_are_in_the_json(hash_up: Up) -> None:
 def test_pages_lists_who_holds_what(hash_up: Up) -> None:
     hash_up.generate("--prompt", PROMPT, "--max-tokens", "4")
     wait_until(hash_up.holds_nothing)
-    result = hash_up.quire("pages", "--json")
+    result = hash_up.quire("pages", "--check", "--json")
     assert result.returncode == 0, result.stderr
-    workers = json.loads(result.stdout)["workers"]
+    found = json.loads(result.stdout)
+    assert (found["orphans"], found["index_error"]) == ([], "")
+    workers = found["workers"]
     assert [worker["role"] for worker in workers] == ["prefill", "decode"]
     for worker in workers:
         counts = worker["counts"]
         states = ("free", "filling", "sealed", "quarantined")
         assert sum(counts[state] for state in states) == counts["total"]
         assert worker["pages"]
+        assert worker["problems"] == []
         for page in worker["pages"]:
             assert page["reason"] == "kept by the prefix cache"
             assert len(page["prefix_hash"]) == 32

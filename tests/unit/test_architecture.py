@@ -28,6 +28,7 @@ PURE = (
     "kvstore.prefix_hash",
     "kvstore.page",
     "kvstore.index",
+    "engine.audit",
     "engine.scheduler",
     "engine.sequence",
     "engine.errors",

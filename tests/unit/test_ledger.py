@@ -65,12 +65,12 @@ def test_a_sealed_page_outlives_its_owner_while_someone_holds_it(hold: str) -> N
 def test_page_not_free_while_writer_alive() -> None:
     ledger = ledger_of(1)
     ledger.allocate("a")
-    ledger.begin_write(0)
+    ledger.begin_write(0, "a")
     ledger.release(0, "a")
     assert ledger[0].state is PageState.QUARANTINED
-    assert "writing" in ledger[0].reason
+    assert ledger[0].reason == "waits for the end of the write for a"
     assert ledger.allocate("b") is None
-    ledger.end_write(0)
+    ledger.end_write(0, "a")
     assert ledger[0].state is PageState.FREE
     ledger.check()
 
@@ -106,7 +106,7 @@ def test_generations_are_told_before_a_slot_is_given_away() -> None:
     [
         lambda ledger: ledger.release(0, "nobody"),
         lambda ledger: ledger.end_read(0),
-        lambda ledger: ledger.end_write(0),
+        lambda ledger: ledger.end_write(0, "a"),
         lambda ledger: ledger.end_lease(0, "nobody"),
         lambda ledger: ledger.drop(0),
         lambda ledger: ledger.share(0, "b"),
@@ -128,10 +128,18 @@ def test_misuse_of_a_filling_page_raises_and_quarantines_it_for_good(misuse) -> 
     ledger.check()
 
 
+def test_a_write_is_ended_by_whom_it_was_begun_for() -> None:
+    ledger = ledger_of(1)
+    ledger.allocate("a")
+    ledger.begin_write(0, "a")
+    with pytest.raises(PageViolation, match="a write for b ended"):
+        ledger.end_write(0, "b")
+
+
 def test_a_page_is_not_sealed_while_someone_writes() -> None:
     ledger = ledger_of(1)
     ledger.allocate("a")
-    ledger.begin_write(0)
+    ledger.begin_write(0, "a")
     with pytest.raises(PageViolation, match="sealed while someone writes"):
         ledger.seal(0, NAME, 32)
 

@@ -210,6 +210,9 @@ class PageRecord(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     HELD_S_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    LEASE_HOLDERS_FIELD_NUMBER: _builtins.int
+    WRITERS_FIELD_NUMBER: _builtins.int
+    ORPHAN_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     """Slot in the pool."""
     generation: _builtins.int
@@ -231,10 +234,20 @@ class PageRecord(_message.Message):
     held_s: _builtins.float
     """Seconds since the slot was allocated."""
     reason: _builtins.str
-    """Why it is not free, in words."""
+    """Why it is not free, in words; of a quarantined page, whose read or write it waits for."""
+    orphan: _builtins.str
+    """Why nobody will free it, in words; empty where somebody will."""
     @_builtins.property
     def owners(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Sequences that own it, by name."""
+
+    @_builtins.property
+    def lease_holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names the leases were granted to."""
+
+    @_builtins.property
+    def writers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sequences on whose behalf somebody writes into it."""
 
     def __init__(
         self,
@@ -251,10 +264,13 @@ class PageRecord(_message.Message):
         num_tokens: _builtins.int = ...,
         held_s: _builtins.float = ...,
         reason: _builtins.str = ...,
+        lease_holders: _abc.Iterable[_builtins.str] | None = ...,
+        writers: _abc.Iterable[_builtins.str] | None = ...,
+        orphan: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "generation", b"generation", "held_s", b"held_s", "num_leases", b"num_leases", "num_readers", b"num_readers", "num_tokens", b"num_tokens", "num_writers", b"num_writers", "owners", b"owners", "prefix_hash", b"prefix_hash", "reason", b"reason", "slot", b"slot", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "generation", b"generation", "held_s", b"held_s", "lease_holders", b"lease_holders", "num_leases", b"num_leases", "num_readers", b"num_readers", "num_tokens", b"num_tokens", "num_writers", b"num_writers", "orphan", b"orphan", "owners", b"owners", "prefix_hash", b"prefix_hash", "reason", b"reason", "slot", b"slot", "state", b"state", "writers", b"writers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -269,6 +285,7 @@ class ListPagesResponse(_message.Message):
     BOOT_ID_FIELD_NUMBER: _builtins.int
     COUNTS_FIELD_NUMBER: _builtins.int
     PAGES_FIELD_NUMBER: _builtins.int
+    CALLERS_FIELD_NUMBER: _builtins.int
     boot_id: _builtins.bytes
     """Boot identity of the owner, 16 bytes."""
     @_builtins.property
@@ -279,17 +296,71 @@ class ListPagesResponse(_message.Message):
     def pages(self) -> _containers.RepeatedCompositeFieldContainer[Global___PageRecord]:
         """Every slot that is not free, by slot."""
 
+    @_builtins.property
+    def callers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names under which pages are held here that a request or lease answers for."""
+
     def __init__(
         self,
         *,
         boot_id: _builtins.bytes = ...,
         counts: Global___PageCounts | None = ...,
         pages: _abc.Iterable[Global___PageRecord] | None = ...,
+        callers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "counts", b"counts", "pages", b"pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "callers", b"callers", "counts", b"counts", "pages", b"pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListPagesResponse: _TypeAlias = ListPagesResponse  # noqa: Y015
+
+@_typing.final
+class CheckPagesRequest(_message.Message):
+    """Asks for the check."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckPagesRequest: _TypeAlias = CheckPagesRequest  # noqa: Y015
+
+@_typing.final
+class CheckPagesResponse(_message.Message):
+    """What the check found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOOT_ID_FIELD_NUMBER: _builtins.int
+    NUM_PAGES_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
+    boot_id: _builtins.bytes
+    """Boot identity of the owner, 16 bytes."""
+    num_pages: _builtins.int
+    """Slots checked: all of the pool."""
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What contradicts the law, in words; empty where it holds."""
+
+    def __init__(
+        self,
+        *,
+        boot_id: _builtins.bytes = ...,
+        num_pages: _builtins.int = ...,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "num_pages", b"num_pages", "problems", b"problems"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckPagesResponse: _TypeAlias = CheckPagesResponse  # noqa: Y015

@@ -50,6 +50,11 @@ class AdminServiceStub:
                 request_serializer=quire_dot_v1_dot_admin__pb2.ListPagesRequest.SerializeToString,
                 response_deserializer=quire_dot_v1_dot_admin__pb2.ListPagesResponse.FromString,
                 _registered_method=True)
+        self.CheckPages = channel.unary_unary(
+                '/quire.v1.AdminService/CheckPages',
+                request_serializer=quire_dot_v1_dot_admin__pb2.CheckPagesRequest.SerializeToString,
+                response_deserializer=quire_dot_v1_dot_admin__pb2.CheckPagesResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -77,6 +82,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckPages(self, request, context):
+        """Checks the books of this moment against each other: the conservation of pages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +106,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListPages,
                     request_deserializer=quire_dot_v1_dot_admin__pb2.ListPagesRequest.FromString,
                     response_serializer=quire_dot_v1_dot_admin__pb2.ListPagesResponse.SerializeToString,
+            ),
+            'CheckPages': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckPages,
+                    request_deserializer=quire_dot_v1_dot_admin__pb2.CheckPagesRequest.FromString,
+                    response_serializer=quire_dot_v1_dot_admin__pb2.CheckPagesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +195,33 @@ class AdminService:
             '/quire.v1.AdminService/ListPages',
             quire_dot_v1_dot_admin__pb2.ListPagesRequest.SerializeToString,
             quire_dot_v1_dot_admin__pb2.ListPagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckPages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.AdminService/CheckPages',
+            quire_dot_v1_dot_admin__pb2.CheckPagesRequest.SerializeToString,
+            quire_dot_v1_dot_admin__pb2.CheckPagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

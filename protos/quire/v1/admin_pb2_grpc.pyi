@@ -39,6 +39,8 @@ class AdminServiceStub:
     """Identity, load and page counts."""
     ListPages: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListPagesRequest, _admin_pb2.ListPagesResponse]
     """Every page that is not free: who holds it, since when, why."""
+    CheckPages: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CheckPagesRequest, _admin_pb2.CheckPagesResponse]
+    """Checks the books of this moment against each other: the conservation of pages."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -51,6 +53,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Identity, load and page counts."""
     ListPages: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListPagesRequest, _admin_pb2.ListPagesResponse]  # type: ignore[assignment]
     """Every page that is not free: who holds it, since when, why."""
+    CheckPages: _aio.UnaryUnaryMultiCallable[_admin_pb2.CheckPagesRequest, _admin_pb2.CheckPagesResponse]  # type: ignore[assignment]
+    """Checks the books of this moment against each other: the conservation of pages."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Looks into one worker and takes it out of service."""
@@ -78,5 +82,13 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListPagesResponse, _abc.Awaitable[_admin_pb2.ListPagesResponse]]:
         """Every page that is not free: who holds it, since when, why."""
+
+    @_abc_1.abstractmethod
+    def CheckPages(
+        self,
+        request: _admin_pb2.CheckPagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.CheckPagesResponse, _abc.Awaitable[_admin_pb2.CheckPagesResponse]]:
+        """Checks the books of this moment against each other: the conservation of pages."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

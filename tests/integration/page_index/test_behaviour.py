@@ -199,6 +199,24 @@ async def test_long_prompts_are_published_looked_up_and_withdrawn_whole(subject)
     assert await subject.index.lookup(MODEL, pages[-1:]) == []
 
 
+async def test_every_page_that_somebody_holds_is_an_entry(subject):
+    other = "0f" * 16
+    assert await subject.index.entries() == []
+    await subject.index.publish(MODEL, PAGES[:3], A, LONG_S)
+    await subject.index.publish(MODEL, PAGES[1:2], B, LONG_S)
+    await subject.index.publish(other, PAGES[:1], B, LONG_S)
+    await subject.index.withdraw(MODEL, PAGES[2:3], A)
+    await subject.index.offer_handover(OFFER, LONG_S)
+    assert {
+        (entry.fingerprint, entry.prefix_hash): entry.holders
+        for entry in await subject.index.entries()
+    } == {
+        (MODEL, PAGES[0]): only(A),
+        (MODEL, PAGES[1]): only(A, B),
+        (other, PAGES[0]): only(B),
+    }
+
+
 # Handovers
 
 
@@ -333,6 +351,7 @@ async def test_closed_index_answers_nothing_more(subject, worker):
         subject.index.workers(),
         subject.index.register(worker(), LONG_S),
         subject.index.lookup(MODEL, PAGES),
+        subject.index.entries(),
         subject.index.handover(REQUEST),
     ):
         with pytest.raises(IndexUnavailable, match="closed"):
