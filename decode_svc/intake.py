@@ -267,7 +267,7 @@ class IntakeDesk:
             async with asyncio.timeout(self._idle_s):
                 response = await call.read()
             if not isinstance(response, pb.PrefillResponse):  # grpc.aio.EOF
-                raise HandoverFailed("incomplete", "the stream ended without a commit")
+                break
             match response.WhichOneof("message"):
                 case "accepted":
                     if response.accepted.boot_id.hex() != worker.boot_id:
@@ -293,9 +293,11 @@ class IntakeDesk:
                     with stage_span(Lifecycle.VERIFY) as span:
                         span.set_attribute("quire.pages", landing.num_landed_pages)
                         landing.finish(commit)
-                    return pulled
+                    break
                 case _:
                     pass
+        landing.check_committed()
+        return pulled
 
     async def _offer(self, wanted: Wanted, reservation: Reservation, worker: WorkerRecord) -> None:
         record = HandoverRecord(

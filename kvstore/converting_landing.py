@@ -84,6 +84,9 @@ class ConvertingLanding:
         self._book.finish(commit)
         self._converter.finish(len(self._tokens))
 
+    def check_committed(self) -> None:
+        self._book.check_committed()
+
 
 def _known_layout(source: LayoutFingerprint) -> PageLayout:
     try:

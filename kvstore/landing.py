@@ -56,6 +56,10 @@ class LandingPlace(Protocol):
         """Compares the commit with what arrived."""
         ...
 
+    def check_committed(self) -> None:
+        """Passes only after a valid commit: before it, nothing that arrived may be used."""
+        ...
+
 
 class Landing:
     """Takes in the pages of prompt tokens ``[0, num_tokens)`` from page ``first_page`` on.
@@ -106,6 +110,9 @@ class Landing:
     def finish(self, commit: Commit) -> None:
         self._book.finish(commit)
 
+    def check_committed(self) -> None:
+        self._book.check_committed()
+
 
 def check_digest(frame: PageFrame, landed: Payload) -> None:
     """Digests what has landed of a frame. Raises LandingError."""
@@ -142,6 +149,7 @@ class PageBook:
         self._references: list[PageReference | None] = [None] * num_wanted
         self._claimed: set[tuple[int, int]] = set()
         self._digests: list[dict[int, bytes]] = [{} for _ in range(num_wanted)]
+        self._committed = False
 
     @property
     def num_landed_pages(self) -> int:
@@ -179,6 +187,11 @@ class PageBook:
                  for digests in self._digests]  # fmt: skip
         if commit.pages_digest != digest_of(seals):
             raise LandingError("commit", "commit does not match the pages that arrived")
+        self._committed = True
+
+    def check_committed(self) -> None:
+        if not self._committed:
+            raise LandingError("incomplete", "the stream ended without a commit")
 
     def _check_place(self, frame: PageFrame, place: int) -> None:
         if not 0 <= place < len(self._digests):

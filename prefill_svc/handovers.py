@@ -21,6 +21,12 @@ class _Handover:
     expires: float | None = None
 
 
+def check_attempt(attempt: int, oldest: int) -> None:
+    """Raises StaleAttempt for a message of an attempt before ``oldest``."""
+    if attempt < oldest:
+        raise StaleAttempt(f"attempt {attempt} is stale: {oldest} is the first that may be")
+
+
 class Handovers:
     """One entry per request; a newer attempt ends an older one, an older one has no effect.
 
@@ -47,8 +53,7 @@ class Handovers:
         """Registers an attempt; ``cancel`` frees what it holds. Raises StaleAttempt."""
         known = self._current.get(request_id)
         if known is not None:
-            if known.attempt >= attempt:
-                raise StaleAttempt(f"attempt {attempt} is not newer than {known.attempt}")
+            check_attempt(attempt, known.attempt + 1)
             known.cancel()
         self._current[request_id] = _Handover(attempt, cancel)
 
@@ -69,8 +74,7 @@ class Handovers:
         known = self._current.get(request_id)
         if known is None:
             return False
-        if known.attempt > attempt:
-            raise StaleAttempt(f"attempt {attempt} was replaced by {known.attempt}")
+        check_attempt(attempt, known.attempt)
         del self._current[request_id]
         known.cancel()
         return True

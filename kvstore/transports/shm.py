@@ -134,8 +134,7 @@ class MappedPool:
             if slot >= pool.num_pages:
                 raise LandingError("slot", f"slot {slot} of a pool of {pool.num_pages}")
             copy_group(pool, slot, self._groups.span(frame.layer_group), target)
-            if pool.generations[slot] != frame.identity.reference.generation:
-                raise LandingError("generation", "the page moved on while it was read")
+            check_generation(pool, frame)
 
     def close(self) -> None:
         """Idempotent. The mapping goes, and with its last reader the owner's memory."""
@@ -144,6 +143,13 @@ class MappedPool:
         self._pool = None
         self._loop.remove_reader(self._owner.fileno())
         self._owner.close()
+
+
+def check_generation(pool: SharedPool, frame: PageFrame) -> None:
+    """After the copy, for what was copied may have been on its way out. Raises LandingError."""
+    reference = frame.identity.reference
+    if pool.generations[reference.slot] != reference.generation:
+        raise LandingError("generation", "the page moved on while it was read")
 
 
 def copy_group(pool: SharedPool, slot: int, span: slice, target: memoryview) -> None:
