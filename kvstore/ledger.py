@@ -57,15 +57,11 @@ class PageRecord:
     @property
     def held(self) -> bool:
         """Whether anyone but the prefix cache needs the page."""
-        return bool(self.owners or self.leases) or self.being_read or self.being_written
+        return bool(self.owners or self.leases or self.num_readers or self.num_writers)
 
     @property
-    def being_read(self) -> bool:
-        return self.num_readers > 0
-
-    @property
-    def being_written(self) -> bool:
-        return bool(self.writers)
+    def num_writers(self) -> int:
+        return len(self.writers)
 
     @property
     def reason(self) -> str:
@@ -139,7 +135,7 @@ class Ledger:
     def seal(self, slot: int, prefix_hash: bytes, num_tokens: int) -> None:
         """The content is final and stands for the prefix named."""
         record = self._expect(slot, PageState.FILLING, "seal")
-        if record.being_written:
+        if record.num_writers:
             raise self._violated(record, "sealed while someone writes")
         record.prefix_hash = prefix_hash
         record.num_tokens = num_tokens
@@ -231,7 +227,7 @@ class Ledger:
                 assert not record.cached
             if record.state in (PageState.FILLING, PageState.SEALED):
                 assert record.held or record.cached, f"page {record.slot} is lost"
-            if record.being_written:
+            if record.num_writers:
                 assert record.state in (PageState.FILLING, PageState.QUARANTINED)
 
     def _settle(self, record: PageRecord) -> None:

@@ -133,7 +133,7 @@ def _record_of(record: PageRecord, now: float, orphan: str) -> pb.PageRecord:
         state=str(record.state),
         owners=sorted(record.owners),
         num_readers=record.num_readers,
-        num_writers=len(record.writers),
+        num_writers=record.num_writers,
         num_leases=len(record.leases),
         cached=record.cached,
         prefix_hash=record.prefix_hash or b"",
