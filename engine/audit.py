@@ -8,6 +8,7 @@ Imports neither torch, grpc nor redis.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -55,6 +56,7 @@ def snapshot(ledger: Ledger) -> list[PageRecord]:
             record,
             owners=set(record.owners),
             leases=set(record.leases),
+            readers=Counter(record.readers),
             writers=set(record.writers),
         )
         for record in _held(ledger)
@@ -92,6 +94,6 @@ def _unknown_holds(record: PageRecord, holders: Holders) -> Iterator[str]:
 
 def _unanswered_holds(record: PageRecord, callers: Collection[str]) -> Iterator[str]:
     """Holds that no request and no lease answers for any more."""
-    for name in sorted(record.owners | record.leases | record.writers):
+    for name in sorted({*record.owners, *record.leases, *record.readers, *record.writers}):
         if name not in callers:
             yield f"page {record.slot} is held for {name}, whom nobody answers for"

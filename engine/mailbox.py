@@ -144,7 +144,7 @@ class AsyncEngine:
         for output in outputs:
             if isinstance(output, PagesComing):
                 slots = tuple(page.reference.slot for page in output.pages)
-                self.worker.post(ReadsEnded(slots))
+                self.worker.post(ReadsEnded(output.name, slots))
             if isinstance(output, Reserved):
                 self.worker.post(Landed(output.name, 0))
 

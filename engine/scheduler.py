@@ -80,8 +80,9 @@ class Landed:
 
 @dataclass(frozen=True, slots=True)
 class ReadsEnded:
-    """Announced pages were read."""
+    """Pages announced for the sequence were read."""
 
+    name: str
     slots: tuple[int, ...]
 
 
@@ -257,8 +258,8 @@ class Scheduler:
                 self.pool.end_lease(self._leased.pop(name, []), name)
             case Landed():
                 self._land(event)
-            case ReadsEnded(slots):
-                self.pool.end_reads(slots)
+            case ReadsEnded(name, slots):
+                self.pool.end_reads(slots, name)
 
     def _submit(self, event: Submit) -> None:
         assert event.name not in self._sequences, event.name
@@ -485,7 +486,7 @@ class Scheduler:
             return []
         size = self.pool.page_size
         for slot in sequence.pages[: len(sequence.page_names)]:
-            self.pool.ledger.begin_read(slot)
+            self.pool.ledger.begin_read(slot, sequence.name)
         return [
             FinishedPage(sequence.name, sequence.pages[index], index, size, name)
             for index, name in enumerate(sequence.page_names)

@@ -38,16 +38,16 @@ class PageViolation(Exception):
 
 @dataclass(slots=True)
 class PageRecord:
-    """One slot. ``owners`` and ``writers`` are names of sequences; ``since`` is the time of
-    allocation."""
+    """One slot. ``owners``, ``readers`` and ``writers`` are names of sequences, the latter two of
+    those on whose behalf others read or write; ``since`` is the time of allocation."""
 
     slot: int
     state: PageState = PageState.FREE
     generation: int = 0
     owners: set[str] = field(default_factory=set)
     leases: set[str] = field(default_factory=set)
+    readers: Counter[str] = field(default_factory=Counter)
     writers: set[str] = field(default_factory=set)
-    num_readers: int = 0
     cached: bool = False
     prefix_hash: bytes | None = None
     num_tokens: int = 0
@@ -60,6 +60,10 @@ class PageRecord:
         return bool(self.owners or self.leases or self.num_readers or self.num_writers)
 
     @property
+    def num_readers(self) -> int:
+        return self.readers.total()
+
+    @property
     def num_writers(self) -> int:
         return len(self.writers)
 
@@ -69,8 +73,7 @@ class PageRecord:
         if self.violation:
             return f"violation: {self.violation}"
         uses = [f"the write for {name}" for name in sorted(self.writers)]
-        if self.num_readers:
-            uses.append(f"{self.num_readers} reads")
+        uses += [f"the read for {name}" for name in sorted(self.readers)]
         if self.state is PageState.QUARANTINED:
             return f"waits for the end of {' and '.join(uses)}"
         holds = [f"owned by {name}" for name in sorted(self.owners)]
@@ -169,21 +172,21 @@ class Ledger:
         record.leases.remove(holder)
         self._settle(record)
 
-    def begin_read(self, slot: int) -> None:
-        self._expect(slot, PageState.SEALED, "read").num_readers += 1
+    def begin_read(self, slot: int, reader: str) -> None:
+        self._expect(slot, PageState.SEALED, "read").readers[reader] += 1
 
     def begin_export(self, slot: int, owner: str) -> None:
         """A read of a page its owner still fills: what is final of it may leave before the rest."""
         record = self._expect(slot, PageState.FILLING, "export")
         if owner not in record.owners:
             raise self._violated(record, f"exported by {owner}, who does not own it")
-        record.num_readers += 1
+        record.readers[owner] += 1
 
-    def end_read(self, slot: int) -> None:
+    def end_read(self, slot: int, reader: str) -> None:
         record = self._records[slot]
-        if not record.num_readers:
-            raise self._violated(record, "a read ended that never began")
-        record.num_readers -= 1
+        if not record.readers[reader]:
+            raise self._violated(record, f"a read for {reader} ended that never began")
+        record.readers -= Counter((reader,))  # leaves nobody at zero
         self._settle(record)
 
     def begin_write(self, slot: int, writer: str) -> None:
@@ -220,7 +223,7 @@ class Ledger:
         free = set(self._free_slots)
         assert len(free) == len(self._free_slots) == counts[PageState.FREE]
         for record in self._records:
-            assert record.num_readers >= 0
+            assert all(count > 0 for count in record.readers.values())
             assert (record.state is PageState.FREE) == (record.slot in free)
             if record.state is PageState.FREE:
                 assert not record.held

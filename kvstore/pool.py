@@ -115,14 +115,14 @@ class PagePool:
             try:
                 self.ledger.begin_export(slot, owner)
             except PageViolation:
-                self.end_reads(slots[:position])
+                self.end_reads(slots[:position], owner)
                 raise
 
     def end_lease(self, slots: Sequence[int], holder: str) -> None:
         self._let_go(slots, lambda slot: self.ledger.end_lease(slot, holder))
 
-    def end_reads(self, slots: Sequence[int]) -> None:
-        self._let_go(slots, self.ledger.end_read)
+    def end_reads(self, slots: Sequence[int], reader: str) -> None:
+        self._let_go(slots, lambda slot: self.ledger.end_read(slot, reader))
 
     def end_writes(self, slots: Sequence[int], writer: str) -> None:
         self._let_go(slots, lambda slot: self.ledger.end_write(slot, writer))

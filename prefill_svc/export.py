@@ -58,6 +58,7 @@ class Export:
     ) -> None:
         self._engine = engine
         self._mailbox = mailbox
+        (self._name,) = mailbox.names
         self._num_tokens = num_tokens
         self._first_page = first_page
         self._with_payload = with_payload
@@ -181,7 +182,7 @@ class Export:
     def _end_reads(self, pages: Iterable[PageIdentity]) -> None:
         slots = tuple(page.reference.slot for page in pages)
         if slots:
-            self._engine.worker.post(ReadsEnded(slots))
+            self._engine.worker.post(ReadsEnded(self._name, slots))
 
 
 def num_bytes(frames: Iterable[PageFrame], groups: LayerGroups) -> int:

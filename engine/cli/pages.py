@@ -177,6 +177,7 @@ def _page(page: pb.PageRecord) -> dict[str, Any]:
         "writers": page.num_writers,
         "leases": page.num_leases,
         "lease_holders": list(page.lease_holders),
+        "readers_for": list(page.readers),
         "writers_for": list(page.writers),
         "orphan": page.orphan,
         "cached": page.cached,

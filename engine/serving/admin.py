@@ -142,5 +142,6 @@ def _record_of(record: PageRecord, now: float, orphan: str) -> pb.PageRecord:
         reason=record.reason,
         lease_holders=sorted(record.leases),
         writers=sorted(record.writers),
+        readers=sorted(record.readers),
         orphan=orphan,
     )

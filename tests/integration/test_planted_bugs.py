@@ -67,7 +67,7 @@ class Box:
 
     def read_and_released(self, name: str, pages: Sequence[PageIdentity]) -> None:
         """Nobody reads the pages any more, and nobody has a lease on them."""
-        self.core.post(ReadsEnded(tuple(page.reference.slot for page in pages)))
+        self.core.post(ReadsEnded(name, tuple(page.reference.slot for page in pages)))
         self.core.post(Cancel(name))
         self.run()
 
@@ -205,7 +205,7 @@ async def bytes_do_not_change_under_a_reader(_: str, __: pytest.MonkeyPatch) -> 
     box.generate("b", OTHER)
     box.run()
     assert [box.bytes_of(page) for page in pages] == before
-    box.core.post(ReadsEnded(tuple(page.reference.slot for page in pages)))
+    box.core.post(ReadsEnded("a", tuple(page.reference.slot for page in pages)))
     box.run()
     assert len(box.tokens("b")) == 8
 

@@ -49,7 +49,7 @@ def test_a_sealed_page_outlives_its_owner_while_someone_holds_it(hold: str) -> N
     ledger.seal(0, NAME, 32)
     begin, end = {
         "lease": (lambda: ledger.lease(0, "x"), lambda: ledger.end_lease(0, "x")),
-        "reader": (lambda: ledger.begin_read(0), lambda: ledger.end_read(0)),
+        "reader": (lambda: ledger.begin_read(0, "x"), lambda: ledger.end_read(0, "x")),
         "cache": (lambda: ledger.keep(0), lambda: ledger.drop(0)),
     }[hold]
     begin()
@@ -82,7 +82,8 @@ def test_a_page_still_filled_may_be_read_by_its_own_export_only() -> None:
     ledger.seal(0, NAME, 32)
     ledger.release(0, "a")
     assert ledger[0].state is PageState.QUARANTINED
-    ledger.end_read(0)
+    assert ledger[0].reason == "waits for the end of the read for a"
+    ledger.end_read(0, "a")
     assert ledger[0].state is PageState.FREE
     ledger.allocate("a")
     with pytest.raises(PageViolation, match="exported by b"):
@@ -105,13 +106,13 @@ def test_generations_are_told_before_a_slot_is_given_away() -> None:
     "misuse",
     [
         lambda ledger: ledger.release(0, "nobody"),
-        lambda ledger: ledger.end_read(0),
+        lambda ledger: ledger.end_read(0, "a"),
         lambda ledger: ledger.end_write(0, "a"),
         lambda ledger: ledger.end_lease(0, "nobody"),
         lambda ledger: ledger.drop(0),
         lambda ledger: ledger.share(0, "b"),
         lambda ledger: ledger.lease(0, "b"),
-        lambda ledger: ledger.begin_read(0),
+        lambda ledger: ledger.begin_read(0, "a"),
         lambda ledger: ledger.keep(0),
     ],
 )
@@ -126,6 +127,20 @@ def test_misuse_of_a_filling_page_raises_and_quarantines_it_for_good(misuse) -> 
     assert "violation" in ledger[0].reason
     assert ledger.allocate("b") is None
     ledger.check()
+
+
+def test_a_page_read_by_several_is_free_when_the_last_read_ended() -> None:
+    ledger = ledger_of(1)
+    ledger.allocate("a")
+    ledger.seal(0, NAME, 32)
+    for reader in ("b", "c", "c"):
+        ledger.begin_read(0, reader)
+    ledger.release(0, "a")
+    for reader, waits in (("c", "b and the read for c"), ("b", "c")):
+        ledger.end_read(0, reader)
+        assert ledger[0].reason == f"waits for the end of the read for {waits}"
+    with pytest.raises(PageViolation, match="a read for b ended"):
+        ledger.end_read(0, "b")
 
 
 def test_a_write_is_ended_by_whom_it_was_begun_for() -> None:

@@ -107,14 +107,14 @@ class PoolMachine(RuleBasedStateMachine):
         sealed = [s for pages in self.owned.values() for s in pages if self.content[s]]
         if sealed:
             slot = data.draw(st.sampled_from(sealed))
-            self.pool.ledger.begin_read(slot)
+            self.pool.ledger.begin_read(slot, "r")
             self.reading[slot] += 1
 
     @precondition(lambda self: +self.reading)
     @rule(data=st.data())
     def end_read(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(sorted(+self.reading)))
-        self.pool.end_reads([slot])
+        self.pool.end_reads([slot], "r")
         self.reading[slot] -= 1
 
     @rule()
@@ -146,7 +146,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.release(slots, owner)
         for owner, slots in self.leased.items():
             self.pool.end_lease(slots, owner)
-        self.pool.end_reads(list(self.reading.elements()))
+        self.pool.end_reads(list(self.reading.elements()), "r")
         self.pool.check()
         self.pool.clear_cache()
         assert self.pool.ledger.num_free == self.num_pages

@@ -40,7 +40,7 @@ class Driver:
         self.lengths: dict[str, int] = {}
         self.output: defaultdict[str, list[int]] = defaultdict(list)
         self.history: list[tuple[tuple[Event, ...], StepPlan]] = []
-        self.announced: list[int] = []
+        self.announced: list[tuple[str, int]] = []
 
     def submit(self, name: str, num_prompt: int, output: int, **extra: object) -> Submit:
         self.lengths[name] = output
@@ -63,9 +63,14 @@ class Driver:
                 outcomes[rows.name] = Outcome()
         self.scheduler.complete(plan, outcomes)
         pages = (*plan.finished_pages, *plan.coming_pages)
-        self.announced += [page.slot for page in pages]
+        self.announced += [(page.name, page.slot) for page in pages]
         self.pool.check()
         return plan
+
+    def reads_ended(self) -> list[ReadsEnded]:
+        """All pages announced so far were read."""
+        announced, self.announced = self.announced, []
+        return [ReadsEnded(name, (slot,)) for name, slot in announced]
 
     def run(self, *events: Event, steps: int = 500) -> None:
         self.step(*events)
@@ -199,7 +204,7 @@ def test_a_prefill_sequence_announces_every_page_and_leaves_leases() -> None:
     driver.run(driver.submit("p", 41, 0, goal=Goal.PREFILL))
     assert len(driver.announced) == 3
     assert driver.pool.num_available == 5
-    driver.step(ReadsEnded(tuple(driver.announced)))
+    driver.step(*driver.reads_ended())
     assert driver.pool.num_available == 5
     driver.step(Cancel("p"))
     assert driver.pool.num_available == 8
@@ -209,11 +214,11 @@ def test_a_prefill_sequence_with_a_cached_prompt_announces_the_cached_pages() ->
     driver = Driver(8)
     prompt = tuple(range(33))
     driver.run(driver.submit("p", 0, 0, prompt=prompt, goal=Goal.PREFILL))
-    first = list(driver.announced)
+    first = [slot for _, slot in driver.announced]
     plan = driver.step(driver.submit("q", 0, 0, prompt=prompt, goal=Goal.PREFILL))
     assert [page.slot for page in plan.finished_pages] == first
     assert plan.prefilled == ("q",)
-    driver.step(ReadsEnded(tuple(driver.announced)), Cancel("p"), Cancel("q"))
+    driver.step(*driver.reads_ended(), Cancel("p"), Cancel("q"))
     assert driver.pool.num_available == 8
 
 
@@ -229,7 +234,7 @@ def test_a_step_says_beforehand_which_pages_it_will_finish_and_their_names() -> 
     hasher = PrefixHasher("", bytes(16), PAGE)
     prompt = driver.history[0][0][0].prompt[:58]  # type: ignore[union-attr]
     names = [page.prefix_hash for plan in plans for page in plan.coming_pages]
-    assert names == [*hasher.full_pages(prompt), hasher.prompt(prompt)]
+    assert names == hasher.all_pages(prompt)
     for page in (page for plan in plans for page in plan.coming_pages):
         record = driver.pool.ledger[page.slot]
         assert (record.prefix_hash, record.num_tokens) == (page.prefix_hash, page.num_tokens)
@@ -242,7 +247,7 @@ def test_pages_of_a_step_that_failed_are_withheld_until_their_export_let_go() ->
     slots = tuple(page.slot for page in plan.coming_pages)
     driver.scheduler.complete(plan, {"p": None})
     assert {driver.pool.ledger[slot].state for slot in slots} == {PageState.QUARANTINED}
-    driver.scheduler.plan([ReadsEnded(slots)])
+    driver.scheduler.plan([ReadsEnded("p", slots)])
     assert driver.pool.num_available == 8
     driver.pool.check()
 
@@ -369,9 +374,7 @@ def test_any_mix_of_events_ends_with_a_full_pool_and_replays_to_the_same_plans(s
         )
         if rng.random() < 0.3:
             events.append(Cancel(f"s{rng.randint(0, number)}"))
-        if driver.announced:
-            events.append(ReadsEnded(tuple(driver.announced)))
-            driver.announced.clear()
+        events += driver.reads_ended()
         while flying and rng.random() < 0.7:
             landed, num_tokens = flying.pop(0)
             events.append(Landed(landed, rng.choice([0, num_tokens])))
@@ -381,15 +384,12 @@ def test_any_mix_of_events_ends_with_a_full_pool_and_replays_to_the_same_plans(s
             flying += [(r.name, r.num_tokens) for r in driver.step().reservations]
     for _ in range(3000):
         events = [Landed(name, num_tokens) for name, num_tokens in flying]
-        events.append(ReadsEnded(tuple(driver.announced)))
-        driver.announced.clear()
+        events += driver.reads_ended()
         plan = driver.step(*events)
         flying = [(r.name, r.num_tokens) for r in plan.reservations]
         if not driver.scheduler.num_sequences:
             break
-    driver.step(
-        ReadsEnded(tuple(driver.announced)), *[Cancel(f"s{number}") for number in range(25)]
-    )
+    driver.step(*driver.reads_ended(), *[Cancel(f"s{number}") for number in range(25)])
     assert driver.scheduler.num_sequences == 0
     driver.pool.clear_cache()
     assert driver.pool.ledger.num_free == num_pages

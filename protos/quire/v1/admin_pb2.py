@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from quire.v1 import pages_pb2 as quire_dot_v1_dot_pages__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14quire/v1/admin.proto\x12\x08quire.v1\x1a\x14quire/v1/pages.proto\"\x0e\n\x0c\x44rainRequest\"$\n\rDrainResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\"\x11\n\x0fGetStateRequest\"t\n\nPageCounts\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0f\n\x07\x66illing\x18\x03 \x01(\r\x12\x0e\n\x06sealed\x18\x04 \x01(\r\x12\x13\n\x0bquarantined\x18\x05 \x01(\r\x12\x13\n\x0b\x63\x61\x63hed_only\x18\x06 \x01(\r\"\xe9\x01\n\x10GetStateResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\x0c\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x30\n\x0b\x66ingerprint\x18\x04 \x01(\x0b\x32\x1b.quire.v1.LayoutFingerprint\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x06 \x01(\r\x12#\n\x05pages\x18\x07 \x01(\x0b\x32\x14.quire.v1.PageCounts\x12\r\n\x05model\x18\x08 \x01(\t\x12\x17\n\x0findex_reachable\x18\t \x01(\x08\"\x12\n\x10ListPagesRequest\"\x9c\x02\n\nPageRecord\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06owners\x18\x04 \x03(\t\x12\x13\n\x0bnum_readers\x18\x05 \x01(\r\x12\x13\n\x0bnum_writers\x18\x06 \x01(\r\x12\x12\n\nnum_leases\x18\x07 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x08 \x01(\x08\x12\x13\n\x0bprefix_hash\x18\t \x01(\x0c\x12\x12\n\nnum_tokens\x18\n \x01(\r\x12\x0e\n\x06held_s\x18\x0b \x01(\x01\x12\x0e\n\x06reason\x18\x0c \x01(\t\x12\x15\n\rlease_holders\x18\r \x03(\t\x12\x0f\n\x07writers\x18\x0e \x03(\t\x12\x0e\n\x06orphan\x18\x0f \x01(\t\"\x80\x01\n\x11ListPagesResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\x0c\x12$\n\x06\x63ounts\x18\x02 \x01(\x0b\x32\x14.quire.v1.PageCounts\x12#\n\x05pages\x18\x03 \x03(\x0b\x32\x14.quire.v1.PageRecord\x12\x0f\n\x07\x63\x61llers\x18\x04 \x03(\t\"\x13\n\x11\x43heckPagesRequest\"J\n\x12\x43heckPagesResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\x0c\x12\x11\n\tnum_pages\x18\x02 \x01(\r\x12\x10\n\x08problems\x18\x03 \x03(\t2\x9a\x02\n\x0c\x41\x64minService\x12\x38\n\x05\x44rain\x12\x16.quire.v1.DrainRequest\x1a\x17.quire.v1.DrainResponse\x12\x41\n\x08GetState\x12\x19.quire.v1.GetStateRequest\x1a\x1a.quire.v1.GetStateResponse\x12\x44\n\tListPages\x12\x1a.quire.v1.ListPagesRequest\x1a\x1b.quire.v1.ListPagesResponse\x12G\n\nCheckPages\x12\x1b.quire.v1.CheckPagesRequest\x1a\x1c.quire.v1.CheckPagesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14quire/v1/admin.proto\x12\x08quire.v1\x1a\x14quire/v1/pages.proto\"\x0e\n\x0c\x44rainRequest\"$\n\rDrainResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\"\x11\n\x0fGetStateRequest\"t\n\nPageCounts\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0f\n\x07\x66illing\x18\x03 \x01(\r\x12\x0e\n\x06sealed\x18\x04 \x01(\r\x12\x13\n\x0bquarantined\x18\x05 \x01(\r\x12\x13\n\x0b\x63\x61\x63hed_only\x18\x06 \x01(\r\"\xe9\x01\n\x10GetStateResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\x0c\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x30\n\x0b\x66ingerprint\x18\x04 \x01(\x0b\x32\x1b.quire.v1.LayoutFingerprint\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x06 \x01(\r\x12#\n\x05pages\x18\x07 \x01(\x0b\x32\x14.quire.v1.PageCounts\x12\r\n\x05model\x18\x08 \x01(\t\x12\x17\n\x0findex_reachable\x18\t \x01(\x08\"\x12\n\x10ListPagesRequest\"\xad\x02\n\nPageRecord\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06owners\x18\x04 \x03(\t\x12\x13\n\x0bnum_readers\x18\x05 \x01(\r\x12\x13\n\x0bnum_writers\x18\x06 \x01(\r\x12\x12\n\nnum_leases\x18\x07 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x08 \x01(\x08\x12\x13\n\x0bprefix_hash\x18\t \x01(\x0c\x12\x12\n\nnum_tokens\x18\n \x01(\r\x12\x0e\n\x06held_s\x18\x0b \x01(\x01\x12\x0e\n\x06reason\x18\x0c \x01(\t\x12\x15\n\rlease_holders\x18\r \x03(\t\x12\x0f\n\x07writers\x18\x0e \x03(\t\x12\x0e\n\x06orphan\x18\x0f \x01(\t\x12\x0f\n\x07readers\x18\x10 \x03(\t\"\x80\x01\n\x11ListPagesResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\x0c\x12$\n\x06\x63ounts\x18\x02 \x01(\x0b\x32\x14.quire.v1.PageCounts\x12#\n\x05pages\x18\x03 \x03(\x0b\x32\x14.quire.v1.PageRecord\x12\x0f\n\x07\x63\x61llers\x18\x04 \x03(\t\"\x13\n\x11\x43heckPagesRequest\"J\n\x12\x43heckPagesResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\x0c\x12\x11\n\tnum_pages\x18\x02 \x01(\r\x12\x10\n\x08problems\x18\x03 \x03(\t2\x9a\x02\n\x0c\x41\x64minService\x12\x38\n\x05\x44rain\x12\x16.quire.v1.DrainRequest\x1a\x17.quire.v1.DrainResponse\x12\x41\n\x08GetState\x12\x19.quire.v1.GetStateRequest\x1a\x1a.quire.v1.GetStateResponse\x12\x44\n\tListPages\x12\x1a.quire.v1.ListPagesRequest\x1a\x1b.quire.v1.ListPagesResponse\x12G\n\nCheckPages\x12\x1b.quire.v1.CheckPagesRequest\x1a\x1c.quire.v1.CheckPagesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,13 +45,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTPAGESREQUEST']._serialized_start=483
   _globals['_LISTPAGESREQUEST']._serialized_end=501
   _globals['_PAGERECORD']._serialized_start=504
-  _globals['_PAGERECORD']._serialized_end=788
-  _globals['_LISTPAGESRESPONSE']._serialized_start=791
-  _globals['_LISTPAGESRESPONSE']._serialized_end=919
-  _globals['_CHECKPAGESREQUEST']._serialized_start=921
-  _globals['_CHECKPAGESREQUEST']._serialized_end=940
-  _globals['_CHECKPAGESRESPONSE']._serialized_start=942
-  _globals['_CHECKPAGESRESPONSE']._serialized_end=1016
-  _globals['_ADMINSERVICE']._serialized_start=1019
-  _globals['_ADMINSERVICE']._serialized_end=1301
+  _globals['_PAGERECORD']._serialized_end=805
+  _globals['_LISTPAGESRESPONSE']._serialized_start=808
+  _globals['_LISTPAGESRESPONSE']._serialized_end=936
+  _globals['_CHECKPAGESREQUEST']._serialized_start=938
+  _globals['_CHECKPAGESREQUEST']._serialized_end=957
+  _globals['_CHECKPAGESRESPONSE']._serialized_start=959
+  _globals['_CHECKPAGESRESPONSE']._serialized_end=1033
+  _globals['_ADMINSERVICE']._serialized_start=1036
+  _globals['_ADMINSERVICE']._serialized_end=1318
 # @@protoc_insertion_point(module_scope)

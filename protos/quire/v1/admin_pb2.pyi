@@ -213,6 +213,7 @@ class PageRecord(_message.Message):
     LEASE_HOLDERS_FIELD_NUMBER: _builtins.int
     WRITERS_FIELD_NUMBER: _builtins.int
     ORPHAN_FIELD_NUMBER: _builtins.int
+    READERS_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     """Slot in the pool."""
     generation: _builtins.int
@@ -249,6 +250,10 @@ class PageRecord(_message.Message):
     def writers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Sequences on whose behalf somebody writes into it."""
 
+    @_builtins.property
+    def readers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sequences on whose behalf somebody reads it."""
+
     def __init__(
         self,
         *,
@@ -267,10 +272,11 @@ class PageRecord(_message.Message):
         lease_holders: _abc.Iterable[_builtins.str] | None = ...,
         writers: _abc.Iterable[_builtins.str] | None = ...,
         orphan: _builtins.str = ...,
+        readers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "generation", b"generation", "held_s", b"held_s", "lease_holders", b"lease_holders", "num_leases", b"num_leases", "num_readers", b"num_readers", "num_tokens", b"num_tokens", "num_writers", b"num_writers", "orphan", b"orphan", "owners", b"owners", "prefix_hash", b"prefix_hash", "reason", b"reason", "slot", b"slot", "state", b"state", "writers", b"writers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "generation", b"generation", "held_s", b"held_s", "lease_holders", b"lease_holders", "num_leases", b"num_leases", "num_readers", b"num_readers", "num_tokens", b"num_tokens", "num_writers", b"num_writers", "orphan", b"orphan", "owners", b"owners", "prefix_hash", b"prefix_hash", "readers", b"readers", "reason", b"reason", "slot", b"slot", "state", b"state", "writers", b"writers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
