@@ -60,6 +60,11 @@ class PageLayout:
         if self.layout_id not in LAYOUT_IDS:
             raise ValueError(f"layout_id must be one of {LAYOUT_IDS}, not {self.layout_id!r}")
 
+    def check_lanes(self) -> None:
+        """Raises ValueError unless K has 16 tokens as its fastest lanes, as native kernels read."""
+        if self.layout_id != LAYOUT_ID:
+            raise ValueError(f"layout_id must be {LAYOUT_ID!r} here, not {self.layout_id!r}")
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the elements as they stand in the page."""

@@ -27,6 +27,7 @@ class NativeDecoder:
         self._decoder = _native.Decoder(native)
 
     def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+        layout.check_lanes()
         logits = None
         if not batch.best_only:
             logits = torch.empty(len(batch.logit_rows), self._vocab_size)

@@ -15,4 +15,5 @@ def kv_write(
     offsets: torch.Tensor,
     layout: PageLayout,
 ) -> None:
+    layout.check_lanes()
     _native.kv_write(k, v, kv, layer, pages, offsets, layout.kv_dtype, layout.page_size)

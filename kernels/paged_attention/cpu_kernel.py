@@ -16,6 +16,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
 ) -> torch.Tensor:
+    layout.check_lanes()
     out = torch.empty_like(q)
     _native.paged_attention(
         q,

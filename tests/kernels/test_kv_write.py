@@ -1,8 +1,19 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from kernels.layout import PageLayout, key_view, kv_view, scale_views, value_view
+from kernels.layout import (
+    CANONICAL_LAYOUT_ID,
+    LAYOUT_ID,
+    PageLayout,
+    key_view,
+    kv_view,
+    read_tokens,
+    scale_views,
+    value_view,
+)
 
 PAGES = 4
 
@@ -136,3 +147,23 @@ def test_an_index_out_of_range_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=f"^{argument} must be in"):
         ops.kv_write(k, k, kv_view(memory, layout), layer, pages, offsets, layout)
     assert torch.equal(memory, empty_pool(layout))
+
+
+def test_another_order_of_bytes_is_written_right_or_refused(ops):
+    layout = PageLayout(1, 2, 5, 16, "int8", CANONICAL_LAYOUT_ID)
+    usual = replace(layout, layout_id=LAYOUT_ID)
+    memory, expected = empty_pool(layout), empty_pool(usual)
+    k, v, pages, offsets = rows(layout, 9)
+    refusal = ""
+    try:
+        ops.kv_write(k, v, kv_view(memory, layout), 0, pages, offsets, layout)
+    except ValueError as error:
+        refusal = str(error)
+    if refusal:
+        assert "layout_id" in refusal
+        assert torch.equal(memory, empty_pool(layout))
+        return
+    ops.kv_write(k, v, kv_view(expected, usual), 0, pages, offsets, usual)
+    found = read_tokens(kv_view(memory, layout), layout)
+    for ours, theirs in zip(found, read_tokens(kv_view(expected, usual), usual), strict=True):
+        assert torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
