@@ -20,6 +20,7 @@ from kvstore.fingerprint import LayoutFingerprint
 from kvstore.memory import PageMemory
 
 MAX_PAGE_TOKENS = 1024
+_Parts = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ class PageConverter:
         self._memory = memory
         self._first_page = first_page
         self._slots = slots
+        self._pool = _blocks(memory.kv, memory.layout)
 
     def write(self, heads: torch.Tensor, page_index: int, num_tokens: int, layers: range) -> None:
         """Writes the ``layers`` of page ``page_index``, of which ``num_tokens`` tokens are valid.
@@ -111,13 +113,17 @@ class PageConverter:
         ``heads`` [len(layers), num_kv_heads, head_bytes] uint8 are those of the source's page, with
         zeros after the last token.
         """
-        target = self._memory.layout
-        first_token = self._first_page * target.page_size
-        sizes = self._source.page_size, target.page_size
-        for span in spans_of(page_index, num_tokens, first_token, *sizes):
+        page = _blocks(heads, self._source)
+        size = self._memory.layout.page_size
+        first_token = self._first_page * size
+        for span in spans_of(page_index, num_tokens, first_token, self._source.page_size, size):
             slot = self._slots[span.target_page - self._first_page]
-            into = self._memory.kv[slot, layers.start : layers.stop]
-            self._copy(span, heads, into)
+            taken = _run(span.source_offset, span.count)
+            given = _run(span.target_offset, span.count)
+            self._copy(
+                [part[:, :, taken] for part in page],
+                [part[slot, layers.start : layers.stop, :, given] for part in self._pool],
+            )
 
     def finish(self, num_tokens: int) -> None:
         """Everything of a sequence of ``num_tokens`` tokens was written: clears what follows in its
@@ -127,48 +133,38 @@ class PageConverter:
             slot = self._slots[num_tokens // size - self._first_page]
             self._memory.clear_tail(slot, num_tokens % size)
 
-    def _copy(self, span: Span, source: torch.Tensor, target: torch.Tensor) -> None:
+    def _copy(self, source: _Parts, target: _Parts) -> None:
+        """The same tokens of both."""
         if self._source.kv_dtype == self._memory.layout.kv_dtype:
-            pairs = zip(
-                _parts(source, self._source, span.source_offset, span.count),
-                _parts(target, self._memory.layout, span.target_offset, span.count),
-                strict=True,
-            )
-            for before, after in pairs:
+            for before, after in zip(source, target, strict=True):
                 after.copy_(before)
-        else:
-            self._round(span, source, target)
-
-    def _round(self, span: Span, source: torch.Tensor, target: torch.Tensor) -> None:
-        before = _parts(source, self._source, span.source_offset, span.count)
-        after = _parts(target, self._memory.layout, span.target_offset, span.count)
+            return
         for kind in range(2):  # K, V
-            numbers = _numbers(before, kind)
+            numbers = _numbers(source, kind)
             if self._memory.layout.kv_dtype == SCALED:
                 integers, scales = quantized(numbers)
-                after[kind].copy_(integers)
-                after[2 + kind].copy_(scales)
+                target[kind].copy_(integers)
+                target[2 + kind].copy_(scales)
             else:
-                after[kind].copy_(numbers)
-            self.rounding.note(numbers, _numbers(after, kind))
+                target[kind].copy_(numbers)
+            self.rounding.note(numbers, _numbers(target, kind))
 
 
-def _parts(
-    heads: torch.Tensor, layout: PageLayout, offset: int, count: int
-) -> tuple[torch.Tensor, ...]:
-    """K and V of ``count`` tokens from ``offset`` on, ``[..., blocks, 16, head_dim]``; under int8
-    then their scales ``[..., blocks, 16]``."""
-    blocks = slice(offset // LANES, (offset + count) // LANES)
-    elements = [each[..., blocks, :, :] for each in token_blocks(heads, layout)]
+def _run(offset: int, count: int) -> slice:
+    """The blocks of ``count`` tokens from ``offset`` on."""
+    return slice(offset // LANES, (offset + count) // LANES)
+
+
+def _blocks(heads: torch.Tensor, layout: PageLayout) -> _Parts:
+    """K and V ``[..., num_kv_heads, blocks, 16, head_dim]``, under int8 then their scales
+    ``[..., num_kv_heads, blocks, 16]``; sharing storage."""
+    elements = token_blocks(heads, layout)
     if layout.kv_dtype != SCALED:
-        return tuple(elements)
-    scales = [
-        each.unflatten(-1, (-1, LANES))[..., blocks, :] for each in scale_views(heads, layout)
-    ]
-    return *elements, *scales
+        return elements
+    return *elements, *(each.unflatten(-1, (-1, LANES)) for each in scale_views(heads, layout))
 
 
-def _numbers(parts: tuple[torch.Tensor, ...], kind: int) -> torch.Tensor:
+def _numbers(parts: _Parts, kind: int) -> torch.Tensor:
     """K (0) or V (1) in fp32."""
     elements = parts[kind].to(torch.float32)
     return elements * parts[2 + kind][..., None] if len(parts) > 2 else elements
