@@ -108,6 +108,7 @@ class Ledger:
         self._records = [PageRecord(slot) for slot in range(num_pages)]
         self._free_slots = deque(range(num_pages))
         self._counts = Counter({PageState.FREE: num_pages})
+        self._num_leased = 0
 
     def __len__(self) -> int:
         return len(self._records)
@@ -118,6 +119,11 @@ class Ledger:
     @property
     def num_free(self) -> int:
         return len(self._free_slots)
+
+    @property
+    def num_leased(self) -> int:
+        """Pages with a lease, whatever else holds them."""
+        return self._num_leased
 
     def count(self, state: PageState) -> int:
         return self._counts[state]
@@ -163,6 +169,7 @@ class Ledger:
         record = self._expect(slot, PageState.SEALED, "lease")
         if holder in record.leases:
             raise self._violated(record, f"leased twice to {holder}")
+        self._num_leased += not record.leases
         record.leases.add(holder)
 
     def end_lease(self, slot: int, holder: str) -> None:
@@ -170,6 +177,7 @@ class Ledger:
         if holder not in record.leases:
             raise self._violated(record, f"lease of {holder} ended, who has none")
         record.leases.remove(holder)
+        self._num_leased -= not record.leases
         self._settle(record)
 
     def begin_read(self, slot: int, reader: str) -> None:
@@ -220,6 +228,7 @@ class Ledger:
         counts: Counter[PageState] = Counter(record.state for record in self._records)
         for state in PageState:
             assert counts[state] == self._counts[state], f"{state}: {counts} but {self._counts}"
+        assert self._num_leased == sum(bool(record.leases) for record in self._records)
         free = set(self._free_slots)
         assert len(free) == len(self._free_slots) == counts[PageState.FREE]
         for record in self._records:

@@ -27,3 +27,9 @@ class PrefillSettings(WorkerSettings):
         minimum=0.05,
         maximum=600.0,
     )
+    receiver_idle_s: float = setting(
+        default=5.0,
+        help="seconds a receiver may leave a message untaken before its handover is given up",
+        minimum=0.1,
+        maximum=600.0,
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
@@ -74,8 +76,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self.queued_tokens += len(prompt_ids)
         try:
             self._engine.submit([PrefillTask(name, prompt_ids, request.tenant)])
-            async for response in self._responses(request, mailbox, transport):
-                yield response
+            async with aclosing(self._responses(request, mailbox, transport)) as responses:
+                async for response in responses:
+                    with self._patience():
+                        yield response
             self._handovers.committed(request.request_id, request.attempt)
             self._engine.detach(mailbox)
         finally:
@@ -83,6 +87,17 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             self.queued_tokens -= len(prompt_ids)
             self._engine.close(mailbox)
             self._handovers.abandon(request.request_id, request.attempt)
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        """A receiver that takes nothing, though its connection stands, does not keep pages."""
+        task = asyncio.current_task()
+        assert task is not None
+        watch = asyncio.get_running_loop().call_later(self._settings.receiver_idle_s, task.cancel)
+        try:
+            yield
+        finally:
+            watch.cancel()
 
     @maps_errors
     async def ReleasePages(
@@ -143,10 +158,17 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             raise ResourceExhausted(f"{self.num_active} prompts are in progress")
         if self.num_active and self.queued_tokens + num_tokens > settings.max_queued_tokens:
             raise ResourceExhausted(f"{self.queued_tokens} prompt tokens are in progress")
+        # Pages that nobody fetches or acknowledges must leave room for those of others.
+        pool = self._engine.core.pool
+        if pool.ledger.num_leased * 2 > pool.num_pages:
+            raise ResourceExhausted(
+                f"{pool.ledger.num_leased} of {pool.num_pages} pages wait for an acknowledgement",
+                self._handovers.lease_s,
+            )
 
     async def _responses(
         self, request: pb.PrefillRequest, mailbox: Mailbox, transport: TransportAddress
-    ) -> AsyncIterator[pb.PrefillResponse]:
+    ) -> AsyncGenerator[pb.PrefillResponse, None]:
         export = Export(
             self._engine,
             mailbox,

@@ -74,7 +74,8 @@ class Role(Protocol):
 class Listen:
     """Where and how a service listens.
 
-    Port 0 takes a free one. ``advertise_host`` is how others reach this host, if not ``host``.
+    Port 0 takes a free one. ``advertise_host`` and ``advertise_port`` are how others reach this
+    one, if not by ``host`` (empty) and the port listened on (0).
     Beyond ``max_concurrent_calls`` gRPC refuses calls with RESOURCE_EXHAUSTED, health checks
     included: keep it well above the service's own limits, which refuse with a hint.
     """
@@ -82,6 +83,7 @@ class Listen:
     host: str
     port: int
     advertise_host: str = ""
+    advertise_port: int = 0
     max_concurrent_calls: int = 4096
     drain_s: float = 30.0
 
@@ -164,7 +166,7 @@ def _bind(server: grpc.aio.Server, listen: Listen) -> str:
             f"cannot listen on {_address(listen.host, listen.port)}:"
             " in use, or not an address of this machine"
         ) from None
-    return _address(listen.advertise_host or listen.host, port)
+    return _address(listen.advertise_host or listen.host, listen.advertise_port or port)
 
 
 def _address(host: str, port: int) -> str:

@@ -21,6 +21,12 @@ class WorkerSettings:
     host: str = setting("127.0.0.1", help="address to listen on")
     port: int = setting(0, help="TCP port; 0 takes a free one", minimum=0, maximum=65535)
     advertise_host: str = setting("", help="how other workers reach this host, if not by `host`")
+    advertise_port: int = setting(
+        0,
+        help="the port others reach this one by, behind a proxy; 0: the one listened on",
+        minimum=0,
+        maximum=65535,
+    )
     redis: str = setting("", help="URL of a Redis or Valkey; without one the worker stands alone")
     model: str = setting("smollm2", help="a model's name or path")
     weights: str = setting(DEFAULT_WEIGHTS, help="weight mode", choices=WEIGHT_MODES)
@@ -67,7 +73,14 @@ class WorkerSettings:
 
     @property
     def listen(self) -> Listen:
-        return Listen(self.host, self.port, self.advertise_host, self.max_calls, self.drain_s)
+        return Listen(
+            host=self.host,
+            port=self.port,
+            advertise_host=self.advertise_host,
+            advertise_port=self.advertise_port,
+            max_concurrent_calls=self.max_calls,
+            drain_s=self.drain_s,
+        )
 
     @property
     def core(self) -> CoreSettings:
