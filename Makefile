@@ -10,13 +10,14 @@ NATIVE := $(shell find kernels/csrc -type f 2>/dev/null) CMakeLists.txt pyprojec
 RUN := QUIRE_STATE_DIR=$(CURDIR)/.quire $(BIN)/quire
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help gen check test test-all sanitize bench demo clean install install-test
+.PHONY: help gen check test test-all sanitize soak bench demo clean install install-test
 
 help:
 	@echo "make demo      install, then a real answer from a prefill and a decode service, with its trace"
 	@echo "make test      install, check style and types, run the tests (about 10 minutes on 2 cores)"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make sanitize  the kernels' tests with the address and undefined-behaviour sanitizers"
+	@echo "make soak      real processes under random faults for SOAK_MINUTES (10), from SOAK_SEED (1)"
 	@echo "make bench     the numbers of the README"
 	@echo "make gen       generate code from protos/"
 	@echo "make clean     remove everything that make made"
@@ -67,6 +68,9 @@ test: check
 
 test-all: check
 	$(PYTEST)
+
+soak: install-test
+	$(BIN)/python -m tests.faults.soak
 
 # The kernels built with sanitizers, beside the installed ones: a copy of the packages and an
 # environment of its own that takes everything else from the first.

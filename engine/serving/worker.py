@@ -168,8 +168,10 @@ class Worker(ABC):
         await asyncio.to_thread(self._end_tracing)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs ``work`` until the worker is released."""
-        self._tasks.append(asyncio.create_task(work))
+        """Runs ``work`` until the worker is released; if it fails, so does the worker."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._task_ended)
+        self._tasks.append(task)
 
     async def _record(self, endpoint: str) -> WorkerRecord:
         core = self.engine.core
@@ -206,6 +208,12 @@ class Worker(ABC):
                 self.metrics, self.settings.host, self.settings.metrics_port
             )
             log.info("metrics", extra=fields(port=self._metrics_server.port))
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        """Without its heartbeats or reaper a worker would live on half dead, and nobody know."""
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a background task failed", exc_info=task.exception())
+            self._engine_broke()
 
     def _engine_broke(self) -> None:
         """The engine's state is unknown: let a supervisor start another process."""

@@ -219,7 +219,8 @@ class RedisPageIndex:
             # It answers, though not what we need: no reason to stay away from it.
             self._breaker.succeeded()
             raise IndexUnavailable(f"the page index refused: {error}") from error
-        except (RedisError, OSError, TimeoutError) as error:
+        except (RedisError, OSError, TimeoutError, RuntimeError) as error:
+            # RuntimeError is what uvloop says of a write to a connection that was reset.
             self._breaker.failed()
             raise IndexUnavailable(f"the page index is out of reach: {error!r}") from error
         self._breaker.succeeded()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,37 +10,9 @@ import pytest_asyncio
 import redis
 
 from engine.local import AsyncLocalEngine
-from engine.sampling_params import SamplingParams
 from kvstore.embedded import EmbeddedRedis
 from tests.faults.fleet import Fleet, fleet_of
-from tests.faults.history import Prompt, Reference
-
-
-class Truth:
-    """What one undisturbed engine gives; asked once for each request."""
-
-    def __init__(self, engine: AsyncLocalEngine) -> None:
-        self._engine = engine
-        self._known: dict[tuple[Prompt, str], dict[int, tuple[int, ...]]] = {}
-
-    async def tokens(self, prompt: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
-        """Of the first choice."""
-        return (await self.choices(prompt, params))[0]
-
-    async def choices(
-        self, prompt: Sequence[int], params: SamplingParams
-    ) -> Mapping[int, tuple[int, ...]]:
-        key = (tuple(prompt), repr(params))
-        if key not in self._known:
-            found = await self._engine.generate([prompt], params)
-            self._known[key] = {each.choice_index: each.token_ids for each in found}
-        return self._known[key]
-
-    async def of(self, requests: Sequence[tuple[Prompt, SamplingParams]]) -> Reference:
-        """For the checker of histories."""
-        for prompt, params in requests:
-            await self.choices(prompt, params)
-        return lambda prompt, params: self._known[prompt, repr(params)]
+from tests.faults.truth import Truth
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

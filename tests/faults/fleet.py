@@ -17,7 +17,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -132,18 +131,23 @@ class WorkerProcess:
         }
         return [_flag(name, value) for name, value in fit.items()]
 
+    @property
+    def serving(self) -> bool:
+        """Whether the worker has said that it serves, and lives."""
+        lines = (self._folder / "ready").read_text().splitlines()
+        return self.alive and any(parse_ready_line(line) for line in lines)
+
     async def ready(self) -> None:
         """Returns when the worker serves; fails with its log if it ended instead."""
 
         async def said_so() -> bool:
             assert self.alive, f"{self.name} ended:\n{self.log[-2000:]}"
-            lines = (self._folder / "ready").read_text().splitlines()
-            return any(parse_ready_line(line) for line in lines)
+            return self.serving
 
         await eventually(said_so, f"{self.name} ready; its log:\n{self.log[-2000:]}")
 
     def arm(self, place: str, what: str) -> None:
-        """Lets ``what`` happen when the worker is next at ``place``, see ``tests.faults.planted``."""
+        """Lets ``what`` happen when the worker is next at ``place``, see ``planted``."""
         fresh = self._folder / f"{place}.new"
         fresh.write_text(what)
         fresh.rename(self._folder / place)
@@ -283,7 +287,7 @@ class Fleet:
                 raise AssertionError(f"{worker.name}: {await worker.pages()}") from None
 
     async def whole(self) -> None:
-        """Heals links, restarts what died, and waits until all know each other and are in balance."""
+        """Heals links, restarts what died; waits until all know each other and are in balance."""
         if not self.server.alive:
             self.server.start()
         for worker in self.workers:

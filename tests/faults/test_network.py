@@ -21,9 +21,9 @@ from engine.completion import Completion
 from engine.sampling_params import SamplingParams
 from kvstore.page import Commit, PageFrame
 from prefill_svc import export
-from tests.faults.conftest import Truth
 from tests.faults.fleet import fresh_prompt
 from tests.faults.link import Flow, Link, free_port
+from tests.faults.truth import Truth
 from tests.integration.cluster import Cluster, Node, eventually, running, until
 from tests.integration.test_faults import failures
 
@@ -204,7 +204,7 @@ async def test_a_black_hole_in_a_handover_is_given_up_in_seconds(
 async def test_after_a_black_hole_the_way_is_used_again_within_seconds(
     redis_url: str, truth: Truth
 ) -> None:
-    """A connection that is being opened into a black hole is not waited for any longer than that."""
+    """A connection being opened into a black hole is not waited for any longer than that."""
     async with linked(redis_url) as (cluster, link), cluster.client() as client:
         await forget_connections(cluster.decode[0])
         link.hold()

@@ -17,9 +17,9 @@ import pytest
 from engine.completion import Completion
 from engine.errors import EngineFault, PeerUnavailable, ShuttingDown
 from engine.sampling_params import SamplingParams
-from tests.faults.conftest import Truth
 from tests.faults.fleet import LEASE_S, Fleet, WorkerProcess, eventually, fresh_prompt
 from tests.faults.history import OK, Record, observe, violations
+from tests.faults.truth import Truth
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
