@@ -28,10 +28,11 @@ _CHANNEL: Final[Options] = (
     # Channels to one address share a connection unless told otherwise; then pages that fill the
     # connection's window would hold up control messages.
     ("grpc.use_local_subchannel_pool", 1),
-    # A way that was broken is tried again within 2 s: left alone gRPC waits up to 2 minutes between
-    # tries, and 20 s for an answer to one, while every call fails.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 2000),
+    # A worker that was restarted at its address is found again at once: left alone, the pauses
+    # between attempts to connect grow to two minutes, in which every call fails.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    # The time one attempt may take, in spite of its name: a frozen peer accepts and says nothing.
     ("grpc.min_reconnect_backoff_ms", 2000),
 )
 

@@ -97,12 +97,12 @@ class WorkerProcess:
         path = self._folder / "log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def start(self, *wrapper: str) -> None:
+    def start(self, *wrapper: str, **environment: str) -> None:
         """Starts the process, inside ``wrapper`` if there is one; ``ready`` waits for it."""
         assert not self.alive
         module = [f"{self.role}_svc"] if self._real else ["tests.faults.planted", self.role]
         command = [*wrapper, sys.executable, "-m", *module, *self._arguments()]
-        environment = os.environ | {
+        environment |= {
             "GRPC_VERBOSITY": "NONE",  # gRPC reports what we break
             "PYTHONPATH": os.pathsep.join(sys.path),
             FOLDER_VARIABLE: str(self._folder),
@@ -114,7 +114,7 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=log,
-                env=environment,
+                env=os.environ | environment,
                 start_new_session=True,
             )
 

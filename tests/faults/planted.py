@@ -16,6 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__" and "QUIRE_TEST_MONOTONIC" in os.environ:
+    # Before anything else is imported: some keep the function.
+    _true, _ahead = time.monotonic, float(os.environ["QUIRE_TEST_MONOTONIC"])
+    time.monotonic = lambda: _true() + _ahead
+
 from decode_svc import workers
 from decode_svc.__main__ import DecodeWorker
 from decode_svc.config import DecodeSettings

@@ -22,7 +22,7 @@ from kvstore.ledger import PageState
 from prefill_svc.__main__ import PrefillWorker
 from prefill_svc.config import PrefillSettings
 from quire.v1 import admin_pb2, admin_pb2_grpc, prefill_pb2, prefill_pb2_grpc
-from tests.integration.cluster import eventually, running, settings_for, until
+from tests.integration.cluster import eventually, running, settings_for, start, until
 
 PROMPT = list(range(100))
 ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
@@ -86,6 +86,20 @@ async def test_drain_finishes_what_runs_and_takes_nothing_new(redis_url: str) ->
         assert type(items[-1]).__name__ == "Finished"
         async with asyncio.timeout(20):
             await node.task
+
+
+async def test_a_worker_whose_background_task_fails_leaves_instead_of_living_on_half_dead(
+    redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = await start(PrefillWorker, PrefillSettings(**settings_for(redis_url)))
+
+    async def fail() -> None:
+        raise RuntimeError("a bug")
+
+    node.worker.spawn(fail())
+    await node.task
+    assert node.worker.broken
+    assert "a background task failed" in caplog.text
 
 
 async def test_before_it_is_warm_a_service_says_so(

@@ -214,6 +214,15 @@ async def test_endpoint_told_to_others_has_the_advertised_host_and_the_real_port
     await service.ended()
 
 
+async def test_endpoint_told_to_others_has_the_advertised_port_of_a_proxy() -> None:
+    role = EchoRole()
+    service = Running(role, Listen("127.0.0.1", 0, advertise_host="proxy", advertise_port=7))
+    await service.reached("warm")
+    assert role.endpoint == "proxy:7"
+    service.stop.set()
+    await service.ended()
+
+
 async def test_ready_line_tells_role_and_endpoint(capsys: pytest.CaptureFixture[str]) -> None:
     async with running() as service:
         (line,) = capsys.readouterr().out.splitlines()

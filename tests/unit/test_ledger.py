@@ -62,6 +62,26 @@ def test_a_sealed_page_outlives_its_owner_while_someone_holds_it(hold: str) -> N
     ledger.check()
 
 
+def test_pages_with_leases_are_counted_once_each() -> None:
+    ledger = ledger_of(2)
+    for slot in range(2):
+        ledger.allocate("a")
+        ledger.seal(slot, NAME, 32)
+    counts = []
+    for change, slot, holder in [
+        (ledger.lease, 0, "x"),
+        (ledger.lease, 0, "y"),
+        (ledger.lease, 1, "x"),
+        (ledger.end_lease, 0, "x"),
+        (ledger.end_lease, 0, "y"),
+        (ledger.end_lease, 1, "x"),
+    ]:
+        change(slot, holder)
+        ledger.check()
+        counts.append(ledger.num_leased)
+    assert counts == [1, 1, 2, 2, 1, 0]
+
+
 def test_page_not_free_while_writer_alive() -> None:
     ledger = ledger_of(1)
     ledger.allocate("a")

@@ -116,6 +116,23 @@ async def test_paused_server_is_used_again_when_it_goes_on(own_server, worker, a
         await assert_eventually(listed)
 
 
+async def test_connection_that_the_event_loop_has_closed_is_an_unavailable_index(
+    own_server, worker, monkeypatch
+):
+    """uvloop says RuntimeError, which no caller looks for, of a write to a connection just reset."""
+
+    def closed(*_: object) -> None:
+        raise RuntimeError("unable to perform operation; the handler is closed")
+
+    async with index_at(own_server.url, timeout_s=5.0, cooldown_s=0.0) as index:
+        await index.register(worker(), LONG_S)
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio.StreamWriter, "writelines", closed)
+            with pytest.raises(IndexUnavailable):
+                await index.workers()
+        assert await index.workers() == [worker()]
+
+
 async def test_flushed_server_is_filled_again_by_the_next_heartbeat(own_server, worker):
     async with index_at(own_server.url, timeout_s=5.0) as index:
         await index.register(worker(), LONG_S)
