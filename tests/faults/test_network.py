@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from decode_svc import workers
+from engine import registration
 from engine.client import AsyncClient
 from engine.completion import Completion
 from engine.sampling_params import SamplingParams
@@ -423,6 +424,41 @@ async def test_a_parted_pair_that_both_see_redis_gives_every_stream_once(
             return (await right(client, truth)).prefilled == "remote"
 
         await eventually(remote)
+
+
+@pytest.mark.parametrize("who", ["prefill", "decode"])
+async def test_a_service_that_alone_lost_redis_serves_on_and_is_found_again(
+    redis_url: str, truth: Truth, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    """The prefill worker is forgotten and its prompts computed by decode; decode goes on with the
+    workers it knew. Both for as long as it lasts, and no longer."""
+    for module, name, seconds in [
+        (registration, "WORKER_TTL_S", 0.8),
+        (registration, "HEARTBEAT_S", 0.1),
+        (workers, "KEEP_S", 0.3),
+        (workers, "REFRESH_S", 0.1),
+    ]:
+        monkeypatch.setattr(module, name, seconds)
+    port = int(redis_url.rpartition(":")[2].partition("/")[0])
+    async with await Link.to(port) as link:
+        lost: dict[str, Any] = {who: {"redis": f"redis://{link.endpoint}"}}
+        async with running(redis_url, **lost) as cluster, cluster.client() as client:
+            assert (await right(client, truth)).prefilled == "remote"
+            await link.refuse()
+            known = cluster.decode[0].worker._workers  # type: ignore[attr-defined]
+            if who == "prefill":
+                await until(lambda: known.choose() is None)
+                assert (await right(client, truth)).prefilled == "local"
+            else:
+                await asyncio.sleep(1.0)  # longer than anybody is remembered without Redis
+                assert (await right(client, truth)).prefilled == "remote"
+            await link.listen()
+            await until(lambda: known.choose() is not None)
+
+            async def remote() -> bool:
+                return (await right(client, truth)).prefilled == "remote"
+
+            await eventually(remote)
 
 
 # -- forced races

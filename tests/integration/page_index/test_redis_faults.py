@@ -119,7 +119,7 @@ async def test_paused_server_is_used_again_when_it_goes_on(own_server, worker, a
 async def test_connection_that_the_event_loop_has_closed_is_an_unavailable_index(
     own_server, worker, monkeypatch
 ):
-    """uvloop says RuntimeError, which no caller looks for, of a write to a connection just reset."""
+    """uvloop says RuntimeError, which nobody looks for, of a write to a connection just reset."""
 
     def closed(*_: object) -> None:
         raise RuntimeError("unable to perform operation; the handler is closed")
