@@ -10,13 +10,15 @@ import asyncio
 import re
 import signal
 import time
-from collections.abc import Awaitable
 
+import grpc
 import pytest
 
 from engine.completion import Completion
-from engine.errors import EngineFault, PeerUnavailable, ShuttingDown
+from engine.errors import EngineFault
 from engine.sampling_params import SamplingParams
+from engine.wire import prompt_to_wire
+from quire.v1 import inference_pb2_grpc
 from tests.faults.fleet import LEASE_S, Fleet, WorkerProcess, eventually, fresh_prompt
 from tests.faults.history import OK, Record, observe, violations
 from tests.faults.truth import Truth
@@ -142,10 +144,13 @@ async def test_a_decode_worker_killed_in_a_handover_leaves_no_page_behind(
 ) -> None:
     dying = fleet.decode[0]
     dying.arm("landing", "kill")
+    request = (fresh_prompt(600), PARAMS)
+    history: list[Record] = []
     async with fleet.client([dying]) as client:
-        with pytest.raises(PeerUnavailable):
-            await client.generate([fresh_prompt(600)], PARAMS)
+        await observe(client, *request, 60.0, history)
     assert not dying.alive
+    assert violations(history, await truth.of([request])) == []
+    assert history[0].outcome in ENDS_OF_BROKEN_STREAMS
     await fleet.balanced()
 
 
@@ -164,7 +169,6 @@ async def test_a_stall_of_three_seconds_under_the_interpreters_lock_holds_up_nob
         await work
     assert violations(held + free, await truth.of(requests)) == []
     assert [held[0].outcome, free[0].outcome] == [OK, OK]
-    assert held[0].seconds > 2.9
     assert free[0].ended < held[0].ended
 
 
@@ -186,19 +190,24 @@ async def test_sigterm_under_load_fails_no_request(fleet: Fleet, truth: Truth) -
                 group.create_task(observe(client, prompt, params, 60.0, history))
             await tokens_came(history, 8)
             leaving.send(signal.SIGTERM)
-            await eventually_refused(leaving, client.generate([fresh_prompt()], PARAMS))
+            await eventually_refused(leaving)
     assert violations(history, await truth.of(requests)) == []
     assert {record.outcome for record in history} == {OK}
     assert await leaving.ended() == 0
 
 
-async def eventually_refused(leaving: WorkerProcess, call: Awaitable[object]) -> None:
+async def eventually_refused(leaving: WorkerProcess) -> None:
+    """The worker drains, and takes nothing new."""
+
     async def said_so() -> bool:
         return "draining" in leaving.log.rpartition("serving")[2]
 
     await eventually(said_so, f"{leaving.name} drains")
-    with pytest.raises((ShuttingDown, PeerUnavailable)):
-        await call
+    async with leaving.channel() as channel:
+        request = prompt_to_wire(fresh_prompt())
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await inference_pb2_grpc.InferenceServiceStub(channel).Generate(request).read()
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_second_sigterm_ends_a_worker_at_once(fleet: Fleet, truth: Truth) -> None:
@@ -210,11 +219,7 @@ async def test_a_second_sigterm_ends_a_worker_at_once(fleet: Fleet, truth: Truth
         work = asyncio.create_task(observe(client, *request, 60.0, history))
         await tokens_came(history, 1)
         leaving.send(signal.SIGTERM)
-
-        async def draining() -> bool:
-            return "draining" in leaving.log.rpartition("serving")[2]
-
-        await eventually(draining, "it drains")
+        await eventually_refused(leaving)
         leaving.send(signal.SIGTERM)
         assert await leaving.ended(5.0) == -signal.SIGTERM
         await work
