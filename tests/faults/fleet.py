@@ -46,6 +46,8 @@ FLAGS = {
     "check_pages": True,
 }
 PREFILL_ONLY = {"lease_s"}
+# Of the decode workers in turn: over the network, and as the workers choose.
+TRANSPORTS = ("grpc", "auto")
 
 
 async def eventually(
@@ -330,9 +332,10 @@ async def fleet_of(
     server.start()
     fleet = Fleet(folder, server, real=real)
     try:
-        for role, count in (("prefill", num_prefill), ("decode", num_decode)):
-            for _ in range(count):
-                await fleet.add(role, **flags)
+        for _ in range(num_prefill):
+            await fleet.add("prefill", **flags)
+        for number in range(num_decode):
+            await fleet.add("decode", transports=TRANSPORTS[number % len(TRANSPORTS)], **flags)
         await fleet.whole()
         yield fleet
     finally:

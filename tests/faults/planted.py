@@ -104,9 +104,9 @@ def plant() -> None:
     before(HashModel, "forward", keep_pace)
     before(HashModel, "forward", lambda *_: reach("forward"))
     before(EngineCore, "_publish_chunks", after_a_chunk)
-    before(Export, "_frames", lambda *_: reach("frame"))
+    before(Export, "_frame", lambda *_: reach("frame"))
     before(Handovers, "committed", lambda *_: reach("committed"))
-    before(Landing, "take", lambda *_: reach("landing"))
+    before(Landing, "claim", lambda *_: reach("landing"))
     before(Landing, "finish", lambda *_: reach("verify"))
 
 
