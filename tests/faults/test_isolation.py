@@ -20,7 +20,8 @@ from tests.faults.fleet import Fleet, eventually, fresh_prompt
 from tests.faults.history import OK, Record, observe, violations
 from tests.faults.truth import Truth
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+# The first of them starts all processes; that alone may take a minute where others work too.
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
 PARAMS = SamplingParams(temperature=1.0, seed=9, max_tokens=12)
 LONG = SamplingParams(temperature=1.0, seed=9, max_tokens=300, ignore_eos=True)

@@ -23,7 +23,8 @@ from tests.faults.fleet import LEASE_S, Fleet, WorkerProcess, eventually, fresh_
 from tests.faults.history import OK, Record, observe, violations
 from tests.faults.truth import Truth
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+# The first of them starts all processes; that alone may take a minute where others work too.
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
 PARAMS = SamplingParams(temperature=1.0, seed=1, max_tokens=20)
 LONG = SamplingParams(temperature=1.0, seed=2, max_tokens=150, ignore_eos=True)
