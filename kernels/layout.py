@@ -133,11 +133,11 @@ def token_blocks(heads: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor,
 
     Both ``[..., page_size // 16, 16, head_dim]`` of ``layout.dtype``, sharing storage.
     """
-    values = value_view(heads, layout).unflatten(-2, (-1, LANES))
+    shape, count = (-1, LANES, layout.head_dim), layout.head_elements
+    values = _part(heads, count * layout.dtype.itemsize, layout.dtype, shape, count)
     if layout.layout_id == LAYOUT_ID:
         return key_view(heads, layout).transpose(-1, -2), values
-    by_token = (-1, LANES, layout.head_dim)
-    return _part(heads, 0, layout.dtype, by_token, layout.head_elements), values
+    return _part(heads, 0, layout.dtype, shape, count), values
 
 
 def read_tokens(heads: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:

@@ -161,7 +161,8 @@ def _blocks(heads: torch.Tensor, layout: PageLayout) -> _Parts:
     elements = token_blocks(heads, layout)
     if layout.kv_dtype != SCALED:
         return elements
-    return *elements, *(each.unflatten(-1, (-1, LANES)) for each in scale_views(heads, layout))
+    scales = (each.view(*each.shape[:-1], -1, LANES) for each in scale_views(heads, layout))
+    return *elements, *scales
 
 
 def _numbers(parts: _Parts, kind: int) -> torch.Tensor:
