@@ -25,7 +25,7 @@ from kvstore.landing import LandingError
 from kvstore.memory import PageMemory
 from kvstore.page import PageFrame, PageIdentity, PageReference
 from kvstore.shared_pool import SharedMemoryUnavailable, SharedPool
-from kvstore.transports import TransportAddress, TransportUnavailable, shm
+from kvstore.transports import TransportAddress, TransportUnavailable, nixl, shm
 from kvstore.transports.choice import Transports, open_memory, problem_of
 from kvstore.transports.grpc_wire import (
     fingerprint_to_wire,
@@ -333,16 +333,24 @@ asyncio.run(main())
 """
 
 
-@pytest.fixture
-def owner() -> Iterator[tuple[subprocess.Popen[str], bytes]]:
-    """A process with a pool of sevens, and the address of the pool."""
+@contextmanager
+def owner_running(script: str) -> Iterator[tuple[subprocess.Popen[str], bytes]]:
+    """A process with a pool, and the address of the pool; it is killed in the end."""
     process = subprocess.Popen(
-        [sys.executable, "-c", OWNER_PROCESS], cwd=ROOT, text=True, stdout=subprocess.PIPE
+        [sys.executable, "-c", script], cwd=ROOT, text=True, stdout=subprocess.PIPE
     )
     assert process.stdout is not None
     with process:
-        yield process, bytes.fromhex(process.stdout.readline())
-        process.kill()
+        try:
+            yield process, bytes.fromhex(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def owner() -> Iterator[tuple[subprocess.Popen[str], bytes]]:
+    with owner_running(OWNER_PROCESS) as running_owner:
+        yield running_owner
 
 
 @pytest.fixture
@@ -477,6 +485,50 @@ def test_a_full_dev_shm_is_no_bus_error() -> None:
     command = ["unshare", "-m", *command] if may_mount else [sys.executable, "-c", POOL_IN_USE]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout.strip()) == (0, str(1024 * 65536)), result.stderr
+
+
+NIXL_OWNER_PROCESS = """
+import asyncio
+import numpy as np
+from kvstore.memory import PageMemory
+from kvstore.transports import nixl
+from tests.integration.test_transports import LAYOUT, OWNER
+
+async def main():
+    memory = PageMemory(LAYOUT, 4)
+    memory.bytes.fill_(7)
+    memory.generations[:] = np.arange(4)
+    transport = await nixl.start(memory, OWNER)
+    print(transport.address.hex(), flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_nixl_reads_what_was_announced_or_fails_and_outlives_a_killed_owner() -> None:
+    if problem_of("nixl") is not None:
+        with pytest.raises(TransportUnavailable, match="NIXL cannot be loaded"):
+            await Transports.start(("nixl",), PageMemory(LAYOUT, 1), OWNER)
+        return
+    transport = await nixl.start(PageMemory(LAYOUT, 1), b"r" * 16)
+    with owner_running(NIXL_OWNER_PROCESS) as (process, address):
+        source = await transport.connect(address, OWNER, LAYOUT)
+        frames = [frame_of(slot, group) for slot in range(4) for group in range(6)]
+        targets = [memoryview(bytearray(LAYOUT.layer_bytes)) for _ in frames]
+        await source.read(frames[:6], targets[:6])
+        assert {byte for target in targets[:6] for byte in target} == {7}
+        with pytest.raises(LandingError) as caught:
+            await source.read(frames, targets)
+        assert caught.value.reason == "generation"
+        assert {byte for target in targets[6:] for byte in target} == {0}
+        process.kill()
+        process.wait()
+        with pytest.raises(LandingError) as caught:
+            await source.read(frames[:6], targets[:6])
+        assert caught.value.reason == "transport"
+        assert source.lost
+    await transport.close()
 
 
 async def test_a_handover_given_up_while_it_looks_for_the_pool_leaves_nothing_open(
