@@ -13,7 +13,7 @@ from kvstore.page import PageIdentity, group_digest
 from kvstore.shared_pool import SharedPool
 
 MAX_GROUP_BYTES = 1 << 20
-MIN_GROUPS = 6
+NUM_GROUPS = 6
 _POISON = 0xFF  # every fp32, and so every scale, and every bf16 made of these bytes is NaN
 
 
@@ -33,7 +33,7 @@ class LayerGroups:
 
     @cached_property
     def layers_per_group(self) -> int:
-        wanted = max(MIN_GROUPS, -(-self.layout.page_bytes // MAX_GROUP_BYTES))
+        wanted = max(NUM_GROUPS, -(-self.layout.page_bytes // MAX_GROUP_BYTES))
         return -(-self.layout.num_layers // min(wanted, self.layout.num_layers))
 
     def num_bytes(self, group: int) -> int:

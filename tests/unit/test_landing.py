@@ -66,7 +66,7 @@ async def land(landing: Landing, frames: list[PageFrame]) -> None:
         await receive([frame], landing, source)
 
 
-def test_a_page_is_cut_into_at_least_six_groups_of_whole_layers() -> None:
+def test_a_page_is_cut_into_about_six_groups_of_whole_layers_or_more_if_it_is_large() -> None:
     groups = PageMemory(LAYOUT, 1).groups
     assert [groups.layers_through(group) for group in range(groups.count)] == [3, 6, 9, 12, 13]
     assert sum(groups.num_bytes(group) for group in range(groups.count)) == LAYOUT.page_bytes
