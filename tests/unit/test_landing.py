@@ -28,7 +28,7 @@ class Sender:
     def __init__(self) -> None:
         self.memory = PageMemory(LAYOUT, 8)
         self.memory.bytes.random_(generator=None)
-        self.names = [*HASHER.full_pages(PROMPT[:59]), HASHER.prompt(PROMPT[:59])]
+        self.names = HASHER.all_pages(PROMPT[:59])
         digests = PageDigests(self.memory)
         self.frames = []
         seals = []
