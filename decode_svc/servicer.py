@@ -15,7 +15,7 @@ from decode_svc.admission import Admission
 from decode_svc.config import DecodeSettings
 from decode_svc.intake import IntakeDesk, Wanted
 from engine.admission import Capacity
-from engine.completion import Delta, StreamItem
+from engine.completion import Delta, StreamItem, Waiting
 from engine.errors import DeadlineExceeded, InvalidRequest, ModelError
 from engine.lifecycle import Lifecycle
 from engine.mailbox import AsyncEngine
@@ -39,13 +39,14 @@ from engine.telemetry.attributes import (
 from engine.telemetry.metrics import Metrics
 from engine.telemetry.tracing import current_context, stage_span
 from engine.tokenizer import Tokenizer
-from engine.wire import item_to_wire, prompt_from_wire, sampling_from_wire
+from engine.wire import item_to_wire, prompt_from_wire, resume_from_wire, sampling_from_wire
 from kvstore.index import PageIndex, PageIndexError
 from kvstore.transports.grpc_wire import fingerprint_to_wire
 from quire.v1 import inference_pb2 as pb
 from quire.v1 import inference_pb2_grpc
 
 MAX_LABEL = 128
+WAITING_EVERY_S = 0.5
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -109,12 +110,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         with stage_span(Lifecycle.ADMIT) as span:
             self._admission.check_open()
             job = await self._job(request, trace, time.monotonic() + budget_s)
-            span.set_attributes(self._attributes_of(job) | {"quire.label": request.label})
-        with self._admission.admit(len(job.prompt_ids)) as ticket:
+            span.set_attributes(self._attributes_of(job) | _attributes_of_try(request))
+        with self._admission.admit(len(job.first_ids)) as ticket:
             async for item in _until(job.stream(self._engine), budget_s):
                 if isinstance(item, Delta):
                     ticket.first_token()
-                self._metrics.see(item)
+                if not isinstance(item, Waiting):
+                    self._metrics.see(item)
                 yield item_to_wire(item)
 
     async def _job(self, request: pb.GenerateRequest, trace: Context, deadline: float) -> Request:
@@ -125,8 +127,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         for field, value in (("label", request.label), ("tenant", request.tenant)):
             if len(value) > MAX_LABEL:
                 raise InvalidRequest(field, "it is too long", f"0 to {MAX_LABEL} characters")
-        if request.resume:
-            raise InvalidRequest("resume", "it is not supported yet", "leave it empty")
         params = sampling_from_wire(request.sampling)
         prompt_ids = await self._encode(prompt_from_wire(request))
         job = Request(
@@ -134,11 +134,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             params=params,
             capacity=self._capacity,
             tenant=request.tenant,
+            resume=resume_from_wire(request),
+            waiting_every_s=WAITING_EVERY_S,
             output_queue=self._settings.output_queue,
             parent=trace,
         )
         if self._settings.prefill == "auto":
-            wanted = Wanted(job.request_id, prompt_ids, request.tenant, deadline)
+            wanted = Wanted(job.request_id, job.first_ids, request.tenant, deadline)
             job.intake = functools.partial(self._desk.fill, wanted)
         return job
 
@@ -174,13 +176,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             pb.Peer(endpoint=worker.endpoint, boot_id=bytes.fromhex(worker.boot_id))
             for worker in workers
             if worker.fingerprint == core.fingerprint.digest.hex()
+            and worker.state == "serving"
             and worker.boot_id != core.boot_id.hex()
         ]
 
 
+def _attributes_of_try(request: pb.GenerateRequest) -> dict[str, str | int | float]:
+    return {
+        "quire.label": request.label,
+        "quire.attempt": max(request.attempt, 1),
+        "quire.resumed_tokens": sum(len(choice.token_ids) for choice in request.resume),
+    }
+
+
 async def _until(
-    items: AsyncGenerator[StreamItem, None], budget_s: float
-) -> AsyncIterator[StreamItem]:
+    items: AsyncGenerator[StreamItem | Waiting, None], budget_s: float
+) -> AsyncIterator[StreamItem | Waiting]:
     """Passes items on until the time is over, then raises DeadlineExceeded; always closes them."""
     ends = asyncio.get_running_loop().time() + budget_s
     try:

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 from engine.completion import Collector, Completion, Delta, StreamItem
 from engine.errors import InvalidRequest
 from engine.prompts import Prompt
+from engine.resume import ChoiceSoFar
 from engine.sampling_params import SamplingParams
 
 T = TypeVar("T")
@@ -23,8 +24,14 @@ class AsyncClient(ABC):
     """Generates from prompts; a place to run them is what subclasses add."""
 
     @abstractmethod
-    def items(self, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[StreamItem, None]:
-        """Everything one request brings, as it comes: Started, Deltas, Finished."""
+    def items(
+        self, prompt: Prompt, params: SamplingParams, resume: Sequence[ChoiceSoFar] = ()
+    ) -> AsyncGenerator[StreamItem, None]:
+        """Everything one request brings, as it comes: Started, Deltas, Finished.
+
+        ``resume`` continues an interrupted stream of the same prompt and parameters, with the seed
+        it was started with: what comes is what was still to come. See ``Collector.so_far``.
+        """
 
     @abstractmethod
     async def close(self) -> None:
@@ -166,10 +173,13 @@ class BlockingClient:
         return self._each(self._client.stream(prompt, params))
 
     def items(
-        self, prompt: Prompt, params: SamplingParams | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        resume: Sequence[ChoiceSoFar] = (),
     ) -> Generator[StreamItem, None, None]:
         """As ``AsyncClient.items``."""
-        return self._each(self._client.items(prompt, params or SamplingParams()))
+        return self._each(self._client.items(prompt, params or SamplingParams(), resume))
 
     def _each(self, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         try:

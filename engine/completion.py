@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.finish import FinishReason
+from engine.resume import ChoiceSoFar
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +19,16 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """``output_tokens`` of all choices; ``resumed_tokens`` of them were made before the stream was
+    last continued, by another worker or in another call. The rest tells of the worker that ended
+    it."""
+
     prompt_tokens: int
     output_tokens: int
     cached_tokens: int = 0
     handed_over_tokens: int = 0
     preemptions: int = 0
+    resumed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +43,18 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """First item: the request was admitted."""
+    """First item: the request was admitted.
+
+    ``max_tokens`` is the limit of the output in effect. Whoever continues the stream must have the
+    same ``numerics_digest`` (``LayoutFingerprint``).
+    """
 
     request_id: bytes
     seed: int
     prompt_ids: tuple[int, ...]
     boot_id: bytes
+    max_tokens: int = 0
+    numerics_digest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +80,16 @@ class Finished:
 
 
 StreamItem = Started | Delta | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Nothing new for a while, though the request is alive: it waits for pages or a step.
+
+    Between services only; callers do not see it.
+    """
+
+    waited_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +135,13 @@ class Collector:
                 self._finished = item
             case Delta():
                 self._add_delta(item)
+
+    def so_far(self) -> list[ChoiceSoFar]:
+        """What has come, for ``resume``; this collector goes on with what comes then."""
+        return [
+            ChoiceSoFar(index, tuple(choice.token_ids), choice.finish_reason is not None)
+            for index, choice in sorted(self._choices.items())
+        ]
 
     def completions(self) -> list[Completion]:
         """One per choice, in order of choice. Only after the last item."""

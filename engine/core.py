@@ -92,7 +92,7 @@ class EngineCore:
         self.pool = PagePool(settings.num_pages, settings.page_size, clock, self.memory.generations)
         self.progress = LayerProgress(self.memory.groups.layers_per_group)
         self.scheduler = Scheduler(self.pool, settings.limits, self._hasher)
-        self._token_bytes = token_bytes
+        self.token_bytes = token_bytes
         self._generations: dict[str, Generation] = {}
         self._events: list[Event] = []
         self._outputs: list[Output] = []
@@ -105,9 +105,15 @@ class EngineCore:
             if isinstance(task, PrefillTask):
                 submit = Submit(task.name, Goal.PREFILL, task.prompt_ids, task.tenant)
             else:
-                self._generations[task.name] = Generation(task, self.model.spec, self._token_bytes)
+                self._generations[task.name] = Generation(task, self.model.spec, self.token_bytes)
                 submit = Submit(
-                    task.name, Goal.GENERATE, task.prompt_ids, task.tenant, task.remote, task.after
+                    name=task.name,
+                    goal=Goal.GENERATE,
+                    prompt=task.prompt_ids,
+                    tenant=task.tenant,
+                    remote=task.remote,
+                    after=task.after,
+                    output=task.output_ids,
                 )
             self._events.append(submit)
 

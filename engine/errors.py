@@ -8,6 +8,7 @@
     ├── RequestCancelled             the caller went away                      CANCELLED
     ├── ShuttingDown                 the service drains                        UNAVAILABLE
     ├── PeerUnavailable              another service cannot be reached         UNAVAILABLE
+    ├── EngineStopped                a worker's engine broke; its process ends UNAVAILABLE
     ├── HandoverRejected             a page or commit did not verify           FAILED_PRECONDITION
     ├── StaleAttempt                 a message of an older attempt             ABORTED
     └── EngineFault                  our bug or broken hardware                INTERNAL
@@ -58,6 +59,10 @@ class ShuttingDown(QuireError):
 
 class PeerUnavailable(QuireError):
     """Another service could not be reached or broke off."""
+
+
+class EngineStopped(QuireError):
+    """The engine that ran the request broke down; another worker may take it."""
 
 
 class HandoverRejected(QuireError):

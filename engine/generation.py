@@ -29,8 +29,9 @@ class PrefillTask:
 class GenerateTask:
     """Wants up to ``max_tokens`` output tokens of choice ``choice_index``.
 
-    ``remote`` lets the pages of the prompt come from a prefill service; ``after`` names the choice
-    whose prompt pages this one shares.
+    ``output_ids`` are those it has already, without its end (``engine.resume``). ``remote`` lets
+    the pages of these tokens come from a prefill service; ``after`` names the choice whose prompt
+    pages this one shares.
     """
 
     name: str
@@ -42,6 +43,7 @@ class GenerateTask:
     tenant: str = ""
     remote: bool = False
     after: str | None = None
+    output_ids: tuple[int, ...] = ()
 
 
 class Generation:
@@ -66,6 +68,9 @@ class Generation:
             token_bytes=token_bytes,
             max_tokens=task.max_tokens,
         )
+        for token_id in task.output_ids:
+            self._output_ids.append(token_id)
+            self._tracker.push(token_id)
 
     @property
     def needs_logits(self) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import TypedDict, Unpack
 
 from engine.admission import Capacity
 from engine.client import AsyncClient, BlockingClient, LoopThread
-from engine.completion import StreamItem
+from engine.completion import StreamItem, Waiting
 from engine.core import CoreSettings, EngineCore
 from engine.mailbox import AsyncEngine
 from engine.model.load import LoadedModel, load_model
@@ -16,6 +16,7 @@ from engine.modes import DEFAULT_WEIGHTS
 from engine.progress import ProgressSink
 from engine.prompts import Prompt, encode_prompt
 from engine.request import Request
+from engine.resume import ChoiceSoFar
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerLimits
 
@@ -61,13 +62,15 @@ class AsyncLocalEngine(AsyncClient):
         self.engine.start()
 
     async def items(
-        self, prompt: Prompt, params: SamplingParams
+        self, prompt: Prompt, params: SamplingParams, resume: Sequence[ChoiceSoFar] = ()
     ) -> AsyncGenerator[StreamItem, None]:
-        request = Request(encode_prompt(prompt, self.tokenizer), params, self.capacity)
+        prompt_ids = encode_prompt(prompt, self.tokenizer)
+        request = Request(prompt_ids, params, self.capacity, resume=tuple(resume))
         items = request.stream(self.engine)
         try:
             async for item in items:
-                yield item
+                if not isinstance(item, Waiting):
+                    yield item
         finally:
             await items.aclose()
 

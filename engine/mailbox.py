@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from engine.core import EngineCore, Task
-from engine.errors import EngineFault, QuireError, ResourceExhausted
+from engine.errors import EngineStopped, QuireError, ResourceExhausted
 from engine.outputs import Failed, Output, PagesComing, Reserved
 from engine.scheduler import Landed, ReadsEnded
 from engine.worker import EngineWorker
@@ -72,6 +72,7 @@ class AsyncEngine:
         self._mailboxes: dict[str, Mailbox] = {}
         self.digests = PageDigests(core.memory)
         self._filling: set[str] = set()
+        self._ended: QuireError | None = None
         self.worker = EngineWorker(core, self._deliver, self._broken)
 
     def start(self) -> None:
@@ -99,6 +100,8 @@ class AsyncEngine:
     def open(self, names: Sequence[str], limit: int) -> Mailbox:
         """A mailbox for sequences about to be submitted; close it whatever happens."""
         mailbox = Mailbox(names, limit)
+        if self._ended is not None:
+            mailbox.fail(self._ended)
         self._mailboxes.update(dict.fromkeys(names, mailbox))
         return mailbox
 
@@ -151,8 +154,13 @@ class AsyncEngine:
     def _broken(self, error: BaseException) -> None:
         self._loop.call_soon_threadsafe(self._fail_all)
 
-    def _fail_all(self) -> None:
+    def end_all(self, error: QuireError) -> None:
+        """Every request, and any that still comes, ends with ``error``."""
+        self._ended = self._ended or error
         for mailbox in self._mailboxes.values():
-            mailbox.fail(EngineFault("the engine stopped"))
+            mailbox.fail(error)
+
+    def _fail_all(self) -> None:
+        self.end_all(EngineStopped("the engine stopped"))
         if self._on_broken is not None:
             self._on_broken()

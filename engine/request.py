@@ -15,7 +15,17 @@ from functools import partial
 from opentelemetry.context import Context
 
 from engine.admission import Capacity, check_prompt, output_limit
-from engine.completion import Delta, Finished, Started, StreamItem, Timings, TokenLogprobs, Usage
+from engine.completion import (
+    Delta,
+    Finished,
+    Started,
+    StreamItem,
+    Timings,
+    TokenLogprobs,
+    Usage,
+    Waiting,
+)
+from engine.core import EngineCore
 from engine.generation import GenerateTask
 from engine.lifecycle import Lifecycle
 from engine.mailbox import AsyncEngine
@@ -30,6 +40,7 @@ from engine.outputs import (
     Reserved,
     TokenOutput,
 )
+from engine.resume import ChoiceSoFar, check_resume, check_seed
 from engine.sampling_params import SamplingParams
 from engine.telemetry.attributes import (
     GEN_AI_RESPONSE_FINISH_REASONS,
@@ -60,19 +71,26 @@ class _Times:
 
 @dataclass(slots=True)
 class Request:
-    """A validated request. ``params.seed`` is set; ``parent`` is the trace it belongs to."""
+    """A validated request. ``params.seed`` is set; ``parent`` is the trace it belongs to.
+
+    ``resume`` is what an interrupted stream of it has brought already: this one goes on from there.
+    It tells that it waits whenever it has nothing to say for ``waiting_every_s``.
+    """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     capacity: Capacity
     tenant: str = ""
+    resume: tuple[ChoiceSoFar, ...] = ()
     intake: Intake | None = None
+    waiting_every_s: float | None = None
     output_queue: int = 100_000
     parent: Context | None = None
     request_id: bytes = field(default_factory=lambda: secrets.token_bytes(REQUEST_ID_BYTES))
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt_ids, self.capacity)
+        check_seed(self.resume, self.params)
         self.params = self.params.with_seed()
         self.params.check_against(self.capacity.vocab_size)
 
@@ -80,8 +98,30 @@ class Request:
     def names(self) -> tuple[str, ...]:
         return tuple(f"{self.request_id.hex()}/{index}" for index in range(self.params.n))
 
-    async def stream(self, engine: AsyncEngine) -> AsyncGenerator[StreamItem, None]:
-        """Runs the request; whatever ends the iteration, its pages are given back."""
+    @property
+    def max_tokens(self) -> int:
+        """The limit of each choice's output in effect."""
+        return output_limit(self.params, len(self.prompt_ids), self.capacity)
+
+    @property
+    def so_far(self) -> dict[int, ChoiceSoFar]:
+        """What each choice has already, by its index."""
+        given = {choice.choice_index: choice for choice in self.resume}
+        return {index: given.get(index, ChoiceSoFar(index)) for index in range(self.params.n)}
+
+    @property
+    def first_ids(self) -> tuple[int, ...]:
+        """The tokens whose pages are wanted first: those of the first choice that goes on."""
+        going_on = (each.token_ids for each in self.so_far.values() if not each.finished)
+        return (*self.prompt_ids, *next(going_on, ()))
+
+    async def stream(self, engine: AsyncEngine) -> AsyncGenerator[StreamItem | Waiting, None]:
+        """Runs the request; whatever ends the iteration, its pages are given back.
+
+        Raises InvalidRequest for a ``resume`` that cannot be.
+        """
+        if self.resume:
+            await asyncio.to_thread(self._check_resume, engine.core)
         run = _Run(self, engine)
         try:
             yield run.started
@@ -91,23 +131,36 @@ class Request:
             await run.close()
 
     def tasks(self) -> list[GenerateTask]:
-        """One task per choice; all but the first wait to share the first one's prompt pages."""
-        limit = output_limit(self.params, len(self.prompt_ids), self.capacity)
+        """One task per choice that has not ended; all but the first of them wait to share the first
+        one's prompt pages."""
         assert self.params.seed is not None
+        going_on = [each for each in self.so_far.values() if not each.finished]
         return [
             GenerateTask(
-                name=name,
+                name=self.names[choice.choice_index],
                 prompt_ids=self.prompt_ids,
                 params=self.params,
                 seed=self.params.seed,
-                max_tokens=limit,
-                choice_index=index,
+                max_tokens=self.max_tokens,
+                choice_index=choice.choice_index,
                 tenant=self.tenant,
-                remote=self.intake is not None and index == 0,
-                after=self.names[0] if index else None,
+                remote=self.intake is not None and choice is going_on[0],
+                after=None if choice is going_on[0] else self.names[going_on[0].choice_index],
+                output_ids=choice.token_ids,
             )
-            for index, name in enumerate(self.names)
+            for choice in going_on
         ]
+
+    def _check_resume(self, core: EngineCore) -> None:
+        spec = core.model.spec
+        check_resume(
+            self.resume,
+            self.params,
+            self.max_tokens,
+            spec.vocab_size,
+            spec.eos_token_ids,
+            core.token_bytes,
+        )
 
 
 class _Run:
@@ -118,27 +171,44 @@ class _Run:
         self._engine = engine
         self._times = _Times(admitted=now_ns())
         self._indexes = {name: index for index, name in enumerate(request.names)}
-        self._counts = dict.fromkeys(self._indexes, 0)
-        self._unfinished = set(self._indexes)
-        self._finish_reasons: dict[str, str] = {}
+        tasks, so_far = request.tasks(), request.so_far
+        self._counts = {name: len(so_far[index].token_ids) for name, index in self._indexes.items()}
+        self._num_resumed = sum(self._counts.values())
+        self._unfinished = {task.name for task in tasks}
+        self._first = tasks[0].name if tasks else ""
+        self._finish_reasons = dict.fromkeys(self._indexes.keys() - self._unfinished, "before")
         self._cached_tokens = 0
         self._handed_over = 0
         self._num_preemptions = 0
         self._intake: asyncio.Task[None] | None = None
-        self._mailbox = engine.open(request.names, request.output_queue)
-        engine.submit(request.tasks())
+        self._mailbox = engine.open([task.name for task in tasks], request.output_queue)
+        engine.submit(tasks)
 
     @property
     def started(self) -> Started:
         request = self._request
         assert request.params.seed is not None
+        core = self._engine.core
         return Started(
-            request.request_id, request.params.seed, request.prompt_ids, self._engine.core.boot_id
+            request_id=request.request_id,
+            seed=request.params.seed,
+            prompt_ids=request.prompt_ids,
+            boot_id=core.boot_id,
+            max_tokens=request.max_tokens,
+            numerics_digest=core.fingerprint.numerics_digest,
         )
 
-    async def items(self) -> AsyncGenerator[StreamItem, None]:
+    async def items(self) -> AsyncGenerator[StreamItem | Waiting, None]:
+        silent_since = now_ns()
         while self._unfinished:
-            for output in await self._mailbox.get():
+            try:
+                async with asyncio.timeout(self._request.waiting_every_s):
+                    outputs = await self._mailbox.get()
+            except TimeoutError:
+                yield Waiting((now_ns() - silent_since) / 1e9)
+                continue
+            silent_since = now_ns()
+            for output in outputs:
                 delta = self._take(output)
                 if delta is not None:
                     yield delta
@@ -185,7 +255,7 @@ class _Run:
         return None
 
     def _admitted(self, name: str, cached_tokens: int) -> None:
-        if self._indexes[name] or self._times.got_pages:
+        if name != self._first or self._times.got_pages:
             return
         self._times.got_pages = now_ns()
         self._cached_tokens = cached_tokens
@@ -244,15 +314,19 @@ class _Run:
         num_output = sum(self._counts.values())
         self._record(
             Lifecycle.DECODE,
-            times.first_token,
+            times.first_token or now,
             now,
             {GEN_AI_USAGE_OUTPUT_TOKENS: num_output, "quire.preemptions": self._num_preemptions},
         )
-        joined = times.joined or times.first_token
+        # A stream resumed after its last token has no milestones: nothing took any time.
+        got_pages, first_token = (
+            at or times.admitted for at in (times.got_pages, times.first_token)
+        )
+        joined = times.joined or first_token
         timings = Timings(
-            queue_s=(times.got_pages - times.admitted) / 1e9,
-            prefill_s=(joined - times.got_pages) / 1e9,
-            first_token_s=(times.first_token - times.admitted) / 1e9,
+            queue_s=(got_pages - times.admitted) / 1e9,
+            prefill_s=(joined - got_pages) / 1e9,
+            first_token_s=(first_token - times.admitted) / 1e9,
             total_s=(now - times.admitted) / 1e9,
         )
         usage = Usage(
@@ -261,6 +335,7 @@ class _Run:
             cached_tokens=self._cached_tokens,
             handed_over_tokens=self._handed_over,
             preemptions=self._num_preemptions,
+            resumed_tokens=self._num_resumed,
         )
         return Finished(usage, timings, self._prefilled())
 
@@ -268,7 +343,7 @@ class _Run:
         if self._handed_over:
             return "remote"
         page_size = self._engine.core.settings.page_size
-        rest = len(self._request.prompt_ids) - 1 - self._cached_tokens
+        rest = len(self._request.first_ids) - 1 - self._cached_tokens
         return "cached" if self._cached_tokens and rest < page_size else "local"
 
     def _record(

@@ -48,7 +48,8 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A new sequence. ``after`` names a sequence of the same prompt to wait for (n > 1)."""
+    """A new sequence. ``after`` names a sequence of the same prompt to wait for (n > 1);
+    ``output`` are the tokens it has after its prompt (a resumed stream)."""
 
     name: str
     goal: Goal
@@ -56,6 +57,7 @@ class Submit:
     tenant: str = ""
     remote: bool = False
     after: str | None = None
+    output: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +269,7 @@ class Scheduler:
         self._sequences[event.name] = Sequence(
             name=event.name,
             goal=event.goal,
-            tokens=list(event.prompt),
+            tokens=[*event.prompt, *event.output],
             num_prompt=len(event.prompt),
             hasher=self._hasher(event.tenant),
             remote=event.remote,
@@ -432,7 +434,7 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence, admitted: _Admitted) -> bool:
         """Parks a sequence whose pages are to come from a prefill service."""
-        num_tokens = sequence.num_prompt - 1
+        num_tokens = len(sequence.tokens) - 1
         missing = num_tokens - sequence.num_computed
         if not sequence.remote or missing < max(self.limits.min_remote_tokens, 1):
             return False

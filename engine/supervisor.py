@@ -184,16 +184,17 @@ class Supervisor:
         if child.alive:
             return False
         if not child.restart_at:
+            assert child.process is not None
+            code = child.process.returncode
+            if code == 0:  # It was drained, and has nothing against another start.
+                log.warning("%s service was drained; starting it again", child.plan.role)
+                child.start()
+                return True
             if now - child.started > HEALTHY_AFTER_S:
                 child.pause_s = FIRST_PAUSE_S
             child.restart_at = now + child.pause_s
             child.pause_s = min(child.pause_s * 2, LONGEST_PAUSE_S)
-            assert child.process is not None
-            log.warning(
-                "%s service died with code %s; starting it again",
-                child.plan.role,
-                child.process.returncode,
-            )
+            log.warning("%s service died with code %s; starting it again", child.plan.role, code)
             return False
         if now < child.restart_at:
             return False

@@ -5,7 +5,7 @@ Both ends use this: the decode service and ``RemoteEngine``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from engine.chat_template import ChatMessage
@@ -17,10 +17,12 @@ from engine.completion import (
     Timings,
     TokenLogprobs,
     Usage,
+    Waiting,
 )
 from engine.errors import InvalidRequest
 from engine.finish import FinishReason
 from engine.prompts import Prompt
+from engine.resume import ChoiceSoFar
 from engine.sampling_params import SamplingParams
 from quire.v1 import inference_pb2 as pb
 
@@ -99,6 +101,28 @@ def prompt_from_wire(message: pb.GenerateRequest | pb.TokenizeRequest) -> Prompt
     raise InvalidRequest("prompt", "it is missing", "text, tokens or chat")
 
 
+def resume_to_wire(resume: Sequence[ChoiceSoFar]) -> list[pb.ResumeChoice]:
+    """Raises InvalidRequest for numbers that no message can carry."""
+    for position, choice in enumerate(resume):
+        if any(not 0 <= number < 2**32 for number in (choice.choice_index, *choice.token_ids)):
+            raise InvalidRequest(
+                f"resume[{position}]", "a number is negative or huge", "choices and token ids"
+            )
+    return [
+        pb.ResumeChoice(
+            choice_index=choice.choice_index, token_ids=choice.token_ids, finished=choice.finished
+        )
+        for choice in resume
+    ]
+
+
+def resume_from_wire(message: pb.GenerateRequest) -> tuple[ChoiceSoFar, ...]:
+    return tuple(
+        ChoiceSoFar(each.choice_index, tuple(each.token_ids), each.finished)
+        for each in message.resume
+    )
+
+
 def tokenize_to_wire(prompt: Prompt) -> pb.TokenizeRequest:
     generate = prompt_to_wire(prompt)
     if generate.HasField("chat"):
@@ -106,13 +130,20 @@ def tokenize_to_wire(prompt: Prompt) -> pb.TokenizeRequest:
     return pb.TokenizeRequest(text=generate.text)
 
 
-def item_to_wire(item: StreamItem) -> pb.GenerateResponse:
+def item_to_wire(item: StreamItem | Waiting) -> pb.GenerateResponse:
     match item:
-        case Started(request_id, seed, prompt_ids, boot_id):
+        case Started():
             started = pb.GenerateStarted(
-                request_id=request_id, seed=seed, prompt_token_ids=prompt_ids, boot_id=boot_id
+                request_id=item.request_id,
+                seed=item.seed,
+                prompt_token_ids=item.prompt_ids,
+                boot_id=item.boot_id,
+                max_tokens=item.max_tokens,
+                numerics_digest=item.numerics_digest,
             )
             return pb.GenerateResponse(started=started)
+        case Waiting(waited_s):
+            return pb.GenerateResponse(progress=pb.GenerateProgress(waited_s=waited_s))
         case Delta():
             return pb.GenerateResponse(delta=_delta_to_wire(item))
         case Finished(usage, timings, prefilled):
@@ -124,20 +155,36 @@ def item_to_wire(item: StreamItem) -> pb.GenerateResponse:
             return pb.GenerateResponse(finished=finished)
 
 
-def item_from_wire(message: pb.GenerateResponse) -> StreamItem:
-    kind = message.WhichOneof("message")
-    if kind == "started":
-        started = message.started
-        return Started(
-            started.request_id, started.seed, tuple(started.prompt_token_ids), started.boot_id
-        )
-    if kind == "delta":
-        return _delta_from_wire(message.delta)
-    usage, timings = message.finished.usage, message.finished.timings
+def item_from_wire(message: pb.GenerateResponse) -> StreamItem | Waiting:
+    """What a message tells; of a kind not known here, that the request is alive."""
+    match message.WhichOneof("message"):
+        case "started":
+            return _started_from_wire(message.started)
+        case "delta":
+            return _delta_from_wire(message.delta)
+        case "finished":
+            return _finished_from_wire(message.finished)
+        case _:
+            return Waiting(message.progress.waited_s)
+
+
+def _started_from_wire(message: pb.GenerateStarted) -> Started:
+    return Started(
+        request_id=message.request_id,
+        seed=message.seed,
+        prompt_ids=tuple(message.prompt_token_ids),
+        boot_id=message.boot_id,
+        max_tokens=message.max_tokens,
+        numerics_digest=message.numerics_digest,
+    )
+
+
+def _finished_from_wire(message: pb.GenerateFinished) -> Finished:
+    usage, timings = message.usage, message.timings
     return Finished(
         usage=Usage(**{name: getattr(usage, name) for name in Usage.__slots__}),
         timings=Timings(**{name: getattr(timings, name) for name in Timings.__slots__}),
-        prefilled=message.finished.prefilled,
+        prefilled=message.prefilled,
     )
 
 

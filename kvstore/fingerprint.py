@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from functools import cached_property
@@ -51,12 +52,14 @@ class LayoutFingerprint:
     @cached_property
     def digest(self) -> bytes:
         """16 bytes of keyed BLAKE2b over all fields, each with its length in front."""
-        state = hashlib.blake2b(digest_size=DIGEST_BYTES, key=b"quire layout fingerprint")
-        for field in fields(self):
-            value = str(getattr(self, field.name)).encode()
-            state.update(len(value).to_bytes(4, "little"))
-            state.update(value)
-        return state.digest()
+        values = [str(getattr(self, field.name)) for field in fields(self)]
+        return _digest(values, b"quire layout fingerprint")
+
+    @cached_property
+    def numerics_digest(self) -> bytes:
+        """16 bytes over what tokens depend on, where they lie left out: workers of equal ones
+        continue each other's streams."""
+        return _digest([self.model_digest, self.numerics, self.kv_dtype], b"quire numerics")
 
     def compatibility(self, other: LayoutFingerprint) -> Compatibility:
         """What pages of one are to a worker of the other; the same in both directions."""
@@ -91,3 +94,12 @@ class LayoutFingerprint:
             for field in fields(self)
             if getattr(self, field.name) != getattr(other, field.name)
         }
+
+
+def _digest(values: Iterable[str], key: bytes) -> bytes:
+    state = hashlib.blake2b(digest_size=DIGEST_BYTES, key=key)
+    for value in values:
+        data = value.encode()
+        state.update(len(data).to_bytes(4, "little"))
+        state.update(data)
+    return state.digest()

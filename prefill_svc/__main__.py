@@ -41,11 +41,14 @@ class PrefillWorker(Worker):
         return super().callers() | self._handovers.names
 
     async def drain(self, timeout_s: float) -> None:
+        """Pages that were granted stay until their receiver has them, or their lease is over."""
         self._servicer.draining = True
         await super().drain(timeout_s)
+        if not self.broken:
+            await self._handovers.wait_ended()
 
     async def close(self) -> None:
-        """Leases end with the process: whoever still reads is served by ``drain``."""
+        """Leases that outlive the drain end with the process."""
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ class Handovers:
         self.lease_s = lease_s
         self._clock = clock
         self._current: dict[bytes, _Handover] = {}
+        self._none = asyncio.Event()
+        self._none.set()
 
     def __len__(self) -> int:
         return len(self._current)
@@ -56,6 +58,7 @@ class Handovers:
             check_attempt(attempt, known.attempt + 1)
             known.cancel()
         self._current[request_id] = _Handover(attempt, cancel)
+        self._none.clear()
 
     def committed(self, request_id: bytes, attempt: int) -> None:
         """Everything was sent: the lease's time begins."""
@@ -67,7 +70,7 @@ class Handovers:
         """The attempt ended without a commit; its pages are freed elsewhere."""
         known = self._current.get(request_id)
         if known is not None and known.attempt == attempt and known.expires is None:
-            del self._current[request_id]
+            self._remove(request_id)
 
     def release(self, request_id: bytes, attempt: int) -> bool:
         """Ends an attempt's hold on its pages. False if nothing was held. Raises StaleAttempt."""
@@ -75,7 +78,7 @@ class Handovers:
         if known is None:
             return False
         check_attempt(attempt, known.attempt)
-        del self._current[request_id]
+        self._remove(request_id)
         known.cancel()
         return True
 
@@ -91,8 +94,17 @@ class Handovers:
             self.release(request_id, attempt)
         return len(over)
 
+    async def wait_ended(self) -> None:
+        """Returns when no handover runs and no lease is left; the caller sets the time-out."""
+        await self._none.wait()
+
     async def reap(self) -> None:
         """Expires leases until cancelled."""
         while True:
             await asyncio.sleep(self.lease_s / 4)
             self.expire()
+
+    def _remove(self, request_id: bytes) -> None:
+        del self._current[request_id]
+        if not self._current:
+            self._none.set()

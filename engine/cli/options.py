@@ -64,7 +64,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_place(parser: argparse.ArgumentParser) -> None:
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--local", action="store_true", help="in this process, without services")
-    place.add_argument("--endpoint", metavar="HOST:PORT", help="a decode service")
+    place.add_argument(
+        "--endpoint",
+        metavar="HOST:PORT[,...]",
+        help="decode services; a stream that loses one goes on at another",
+    )
 
 
 def open_engine(options: argparse.Namespace) -> BlockingClient:
@@ -91,9 +95,13 @@ def open_engine(options: argparse.Namespace) -> BlockingClient:
 
 
 def decode_endpoints(endpoint: str | None) -> list[str]:
-    """The endpoint given, or the decode services that ``quire up`` runs. Raises PeerUnavailable."""
-    if endpoint:
-        return [endpoint]
+    """The endpoints given between commas, or the decode services that ``quire up`` runs.
+
+    Raises PeerUnavailable if there is none.
+    """
+    given = [each.strip() for each in (endpoint or "").split(",") if each.strip()]
+    if given:
+        return given
     state = read_up_state(state_dir())
     endpoints = state.endpoints("decode") if state else []
     if not endpoints:

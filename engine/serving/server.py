@@ -1,7 +1,8 @@
 """One gRPC server from NOT_SERVING to exit, the same for every service.
 
     bind, NOT_SERVING -> warm -> SERVING -> [signal or drain request]
-        -> NOT_SERVING -> drain: running calls finish, up to drain_s -> stop -> release -> exit 0
+        -> NOT_SERVING -> drain: running calls finish, up to drain_s -> what still runs is handed
+        back: its callers are told to go on elsewhere -> stop -> release -> exit 0
 
 A second signal ends the process at once. Health under the empty name tells that the process lives
 and stays SERVING all the while, so that an orchestrator does not kill what drains; readiness is
@@ -14,7 +15,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ from engine.telemetry.interceptors import TracingServerInterceptor
 from engine.telemetry.logs import fields
 
 _CLEAN_UP_S = 2.0
+_HAND_BACK_S = 1.0
 _READY = "ready"
 
 log = logging.getLogger(__name__)
@@ -61,8 +63,13 @@ class Role(Protocol):
         ...
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuses new work from its first line on; may hand work back. Calls in progress are
-        waited for by ``serve``; both share ``timeout_s``."""
+        """Refuses new work from its first line on, and waits for what outlives a call. Calls in
+        progress are waited for by ``serve``; both share ``timeout_s``."""
+        ...
+
+    def hand_back(self) -> None:
+        """The drain's time is over: ends every call in progress with a status that sends its
+        caller elsewhere."""
         ...
 
     async def release(self) -> None:
@@ -202,8 +209,16 @@ async def _drain(role: Role, calls: RunningCalls, drain_s: float) -> None:
             await calls.wait_idle()
     except TimeoutError:
         log.warning("drain ran out of time", extra=fields(running=calls.num_running))
+        await _hand_back(role, calls)
     except Exception:
         log.exception("drain failed")
+
+
+async def _hand_back(role: Role, calls: RunningCalls) -> None:
+    role.hand_back()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_HAND_BACK_S):
+            await calls.wait_idle()
 
 
 async def _stop(server: grpc.aio.Server, calls: RunningCalls) -> None:

@@ -24,6 +24,7 @@ from grpc_status import rpc_status
 from engine.errors import (
     DeadlineExceeded,
     EngineFault,
+    EngineStopped,
     HandoverRejected,
     InvalidRequest,
     ModelError,
@@ -51,6 +52,7 @@ CODES: Final[dict[type[QuireError], grpc.StatusCode]] = {
     RequestCancelled: grpc.StatusCode.CANCELLED,
     ShuttingDown: grpc.StatusCode.UNAVAILABLE,
     PeerUnavailable: grpc.StatusCode.UNAVAILABLE,
+    EngineStopped: grpc.StatusCode.UNAVAILABLE,
     HandoverRejected: grpc.StatusCode.FAILED_PRECONDITION,
     StaleAttempt: grpc.StatusCode.ABORTED,
     EngineFault: grpc.StatusCode.INTERNAL,

@@ -14,7 +14,7 @@ import grpc
 
 from engine.admission import Capacity
 from engine.core import EngineCore
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, ShuttingDown
 from engine.mailbox import AsyncEngine
 from engine.model.load import LoadedModel, load_model
 from engine.progress import default_progress
@@ -149,8 +149,11 @@ class Worker(ABC):
 
     async def drain(self, timeout_s: float) -> None:
         self.state = "draining"
-        if self._registration is not None:
+        if self._registration is not None and not self.broken:  # a broken engine answers nobody
             await self._registration.beat()
+
+    def hand_back(self) -> None:
+        self.engine.end_all(ShuttingDown("the service ends; another one may go on"))
 
     async def release(self) -> None:
         for task in self._tasks:

@@ -62,6 +62,9 @@ class EchoRole:
         if self.drain_error:
             raise self.drain_error
 
+    def hand_back(self) -> None:
+        self.events.append("hand_back")
+
     async def release(self) -> None:
         self.events.append("release")
 

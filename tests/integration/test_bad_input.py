@@ -73,7 +73,14 @@ REFUSED = {
     ),
     "long label": (pb.GenerateRequest(text="x", label="l" * 129), "label"),
     "long tenant": (pb.GenerateRequest(text="x", tenant="t" * 129), "tenant"),
-    "resume": (pb.GenerateRequest(text="x", resume=[pb.ResumeChoice()]), "resume"),
+    "resume": (
+        pb.GenerateRequest(
+            text="x",
+            sampling=pb.SamplingParams(seed=1),
+            resume=[pb.ResumeChoice(choice_index=1)],
+        ),
+        "resume[0].choice_index",
+    ),
     "temperature below 0": (sampling(temperature=-0.1), "temperature"),
     "temperature nan": (sampling(temperature=math.nan), "temperature"),
     "temperature inf": (sampling(temperature=math.inf), "temperature"),

@@ -78,7 +78,7 @@ async def test_a_client_killed_without_a_word_frees_its_pages(redis_url: str) ->
         client = cluster.client()
         stream = client.stream(LONG, ENDLESS)
         await anext(stream)
-        await client._channels[0].close()
+        await client._channels.close()
         await cluster.balanced()
         await stream.aclose()  # type: ignore[attr-defined]
 

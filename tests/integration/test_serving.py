@@ -155,7 +155,8 @@ async def test_stream_that_outlasts_the_drain_is_cancelled_and_cleaned_up_before
             error = from_rpc_error(await error_of(call.read()))
             assert type(error) is PeerUnavailable
         await service.ended()
-        assert service.role.events == ["warm", "tick", "drain", "cancelled", "tock", "release"]
+        events = ["warm", "tick", "drain", "hand_back", "cancelled", "tock", "release"]
+        assert service.role.events == events
 
 
 async def test_watched_health_check_does_not_hold_up_the_stop() -> None:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from types import FrameType
 
 import pytest
@@ -15,6 +15,7 @@ import pytest
 from engine.client import AsyncClient, BlockingClient, LoopThread
 from engine.completion import Started, StreamItem
 from engine.prompts import Prompt
+from engine.resume import ChoiceSoFar
 from engine.sampling_params import SamplingParams
 
 
@@ -25,7 +26,7 @@ class Interrupting(AsyncClient):
         self.cleaned_up = False
 
     async def items(
-        self, prompt: Prompt, params: SamplingParams
+        self, prompt: Prompt, params: SamplingParams, resume: Sequence[ChoiceSoFar] = ()
     ) -> AsyncGenerator[StreamItem, None]:
         try:
             yield Started(b"", 0, (), b"")
@@ -67,7 +68,7 @@ class Counting(AsyncClient):
         self.running = 0
 
     async def items(
-        self, prompt: Prompt, params: SamplingParams
+        self, prompt: Prompt, params: SamplingParams, resume: Sequence[ChoiceSoFar] = ()
     ) -> AsyncGenerator[StreamItem, None]:
         self.running += 1
         try:

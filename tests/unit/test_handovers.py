@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from engine.errors import StaleAttempt
@@ -89,3 +91,22 @@ def test_an_abandoned_attempt_is_forgotten_and_a_committed_one_is_not(
     handovers.abandon(REQUEST, 1)
     assert len(handovers) == 1
     assert freed == []
+
+
+async def test_a_drain_waits_for_the_last_lease_however_it_ends(
+    handovers: Handovers, freed: list[int], clock: Clock
+) -> None:
+    await handovers.wait_ended()
+    begin(handovers, freed, 1)
+    waiting = asyncio.create_task(handovers.wait_ended())
+    begin(handovers, freed, 2)
+    handovers.committed(REQUEST, 2)
+    handovers.abandon(REQUEST, 2)
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    clock.now = 10.0
+    handovers.expire()
+    await waiting
+    begin(handovers, freed, 3)
+    handovers.abandon(REQUEST, 3)
+    await handovers.wait_ended()

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from quire.v1 import pages_pb2 as quire_dot_v1_dot_pages__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18quire/v1/inference.proto\x12\x08quire.v1\x1a\x14quire/v1/pages.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"5\n\nChatPrompt\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.quire.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xd0\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12;\n\nlogit_bias\x18\x08 \x03(\x0b\x32\'.quire.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\t \x03(\r\x12\x18\n\x10\x62\x61nned_token_ids\x18\n \x03(\r\x12\x11\n\x04seed\x18\x0b \x01(\x04H\x07\x88\x01\x01\x12\x0e\n\x01n\x18\x0c \x01(\x05H\x08\x88\x01\x01\x12\x17\n\nmax_tokens\x18\r \x01(\x05H\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0e \x01(\x05H\n\x88\x01\x01\x12\x0c\n\x04stop\x18\x0f \x03(\t\x12\x16\n\x0estop_token_ids\x18\x10 \x03(\r\x12\x14\n\x0cinclude_stop\x18\x11 \x01(\x08\x12\x12\n\nignore_eos\x18\x12 \x01(\x08\x12\x15\n\x08logprobs\x18\x13 \x01(\x05H\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x04\n\x02_nB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0b\n\t_logprobs\"I\n\x0cResumeChoice\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\"\x8d\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\x06tokens\x18\x02 \x01(\x0b\x32\x15.quire.v1.TokenPromptH\x00\x12$\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x14.quire.v1.ChatPromptH\x00\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.quire.v1.SamplingParams\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\r\n\x05label\x18\x07 \x01(\t\x12&\n\x06resume\x18\x08 \x03(\x0b\x32\x16.quire.v1.ResumeChoice\x12\x0f\n\x07\x61ttempt\x18\t \x01(\rB\x08\n\x06prompt\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"_\n\x10PositionLogprobs\x12&\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x16.quire.v1.TokenLogprob\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.quire.v1.TokenLogprob\"^\n\x0fGenerateStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x0f\n\x07\x62oot_id\x18\x04 \x01(\x0c\"\xf6\x01\n\rGenerateDelta\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.quire.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.quire.v1.FinishReason\x12\x13\n\tstop_text\x18\x07 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x08 \x01(\rH\x00\x42\x0e\n\x0cmatched_stop\"}\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x1a\n\x12handed_over_tokens\x18\x04 \x01(\r\x12\x13\n\x0bpreemptions\x18\x05 \x01(\r\"U\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x03 \x01(\x01\x12\x0f\n\x07total_s\x18\x04 \x01(\x01\"i\n\x10GenerateFinished\x12\x1e\n\x05usage\x18\x01 \x01(\x0b\x32\x0f.quire.v1.Usage\x12\"\n\x07timings\x18\x02 \x01(\x0b\x32\x11.quire.v1.Timings\x12\x11\n\tprefilled\x18\x03 \x01(\t\"\xa5\x01\n\x10GenerateResponse\x12,\n\x07started\x18\x01 \x01(\x0b\x32\x19.quire.v1.GenerateStartedH\x00\x12(\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x17.quire.v1.GenerateDeltaH\x00\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1a.quire.v1.GenerateFinishedH\x00\x42\t\n\x07message\"P\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x14.quire.v1.ChatPromptH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x11\n\x0fGetModelRequest\")\n\x04Peer\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\x0c\"\xcc\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1b.quire.v1.LayoutFingerprint\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x19\n\x11max_prompt_tokens\x18\x06 \x01(\r\x12\x1d\n\x05peers\x18\x07 \x03(\x0b\x32\x0e.quire.v1.Peer*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xdd\x01\n\x10InferenceService\x12\x43\n\x08Generate\x12\x19.quire.v1.GenerateRequest\x1a\x1a.quire.v1.GenerateResponse0\x01\x12\x41\n\x08Tokenize\x12\x19.quire.v1.TokenizeRequest\x1a\x1a.quire.v1.TokenizeResponse\x12\x41\n\x08GetModel\x12\x19.quire.v1.GetModelRequest\x1a\x1a.quire.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18quire/v1/inference.proto\x12\x08quire.v1\x1a\x14quire/v1/pages.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"5\n\nChatPrompt\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.quire.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xd0\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12;\n\nlogit_bias\x18\x08 \x03(\x0b\x32\'.quire.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\t \x03(\r\x12\x18\n\x10\x62\x61nned_token_ids\x18\n \x03(\r\x12\x11\n\x04seed\x18\x0b \x01(\x04H\x07\x88\x01\x01\x12\x0e\n\x01n\x18\x0c \x01(\x05H\x08\x88\x01\x01\x12\x17\n\nmax_tokens\x18\r \x01(\x05H\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0e \x01(\x05H\n\x88\x01\x01\x12\x0c\n\x04stop\x18\x0f \x03(\t\x12\x16\n\x0estop_token_ids\x18\x10 \x03(\r\x12\x14\n\x0cinclude_stop\x18\x11 \x01(\x08\x12\x12\n\nignore_eos\x18\x12 \x01(\x08\x12\x15\n\x08logprobs\x18\x13 \x01(\x05H\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x04\n\x02_nB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0b\n\t_logprobs\"I\n\x0cResumeChoice\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\"\x8d\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\x06tokens\x18\x02 \x01(\x0b\x32\x15.quire.v1.TokenPromptH\x00\x12$\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x14.quire.v1.ChatPromptH\x00\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.quire.v1.SamplingParams\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\r\n\x05label\x18\x07 \x01(\t\x12&\n\x06resume\x18\x08 \x03(\x0b\x32\x16.quire.v1.ResumeChoice\x12\x0f\n\x07\x61ttempt\x18\t \x01(\rB\x08\n\x06prompt\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"_\n\x10PositionLogprobs\x12&\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x16.quire.v1.TokenLogprob\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.quire.v1.TokenLogprob\"\x8b\x01\n\x0fGenerateStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x0f\n\x07\x62oot_id\x18\x04 \x01(\x0c\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x17\n\x0fnumerics_digest\x18\x06 \x01(\x0c\"\xf6\x01\n\rGenerateDelta\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.quire.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.quire.v1.FinishReason\x12\x13\n\tstop_text\x18\x07 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x08 \x01(\rH\x00\x42\x0e\n\x0cmatched_stop\"\x95\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x1a\n\x12handed_over_tokens\x18\x04 \x01(\r\x12\x13\n\x0bpreemptions\x18\x05 \x01(\r\x12\x16\n\x0eresumed_tokens\x18\x06 \x01(\r\"U\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x03 \x01(\x01\x12\x0f\n\x07total_s\x18\x04 \x01(\x01\"i\n\x10GenerateFinished\x12\x1e\n\x05usage\x18\x01 \x01(\x0b\x32\x0f.quire.v1.Usage\x12\"\n\x07timings\x18\x02 \x01(\x0b\x32\x11.quire.v1.Timings\x12\x11\n\tprefilled\x18\x03 \x01(\t\"$\n\x10GenerateProgress\x12\x10\n\x08waited_s\x18\x01 \x01(\x01\"\xd5\x01\n\x10GenerateResponse\x12,\n\x07started\x18\x01 \x01(\x0b\x32\x19.quire.v1.GenerateStartedH\x00\x12(\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x17.quire.v1.GenerateDeltaH\x00\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1a.quire.v1.GenerateFinishedH\x00\x12.\n\x08progress\x18\x04 \x01(\x0b\x32\x1a.quire.v1.GenerateProgressH\x00\x42\t\n\x07message\"P\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x14.quire.v1.ChatPromptH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x11\n\x0fGetModelRequest\")\n\x04Peer\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\x0c\"\xcc\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1b.quire.v1.LayoutFingerprint\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x19\n\x11max_prompt_tokens\x18\x06 \x01(\r\x12\x1d\n\x05peers\x18\x07 \x03(\x0b\x32\x0e.quire.v1.Peer*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xdd\x01\n\x10InferenceService\x12\x43\n\x08Generate\x12\x19.quire.v1.GenerateRequest\x1a\x1a.quire.v1.GenerateResponse0\x01\x12\x41\n\x08Tokenize\x12\x19.quire.v1.TokenizeRequest\x1a\x1a.quire.v1.TokenizeResponse\x12\x41\n\x08GetModel\x12\x19.quire.v1.GetModelRequest\x1a\x1a.quire.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2637
-  _globals['_FINISHREASON']._serialized_end=2732
+  _globals['_FINISHREASON']._serialized_start=2794
+  _globals['_FINISHREASON']._serialized_end=2889
   _globals['_CHATMESSAGE']._serialized_start=60
   _globals['_CHATMESSAGE']._serialized_end=104
   _globals['_CHATPROMPT']._serialized_start=106
@@ -54,28 +54,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENLOGPROB']._serialized_end=1314
   _globals['_POSITIONLOGPROBS']._serialized_start=1316
   _globals['_POSITIONLOGPROBS']._serialized_end=1411
-  _globals['_GENERATESTARTED']._serialized_start=1413
-  _globals['_GENERATESTARTED']._serialized_end=1507
-  _globals['_GENERATEDELTA']._serialized_start=1510
-  _globals['_GENERATEDELTA']._serialized_end=1756
-  _globals['_USAGE']._serialized_start=1758
-  _globals['_USAGE']._serialized_end=1883
-  _globals['_TIMINGS']._serialized_start=1885
-  _globals['_TIMINGS']._serialized_end=1970
-  _globals['_GENERATEFINISHED']._serialized_start=1972
-  _globals['_GENERATEFINISHED']._serialized_end=2077
-  _globals['_GENERATERESPONSE']._serialized_start=2080
-  _globals['_GENERATERESPONSE']._serialized_end=2245
-  _globals['_TOKENIZEREQUEST']._serialized_start=2247
-  _globals['_TOKENIZEREQUEST']._serialized_end=2327
-  _globals['_TOKENIZERESPONSE']._serialized_start=2329
-  _globals['_TOKENIZERESPONSE']._serialized_end=2366
-  _globals['_GETMODELREQUEST']._serialized_start=2368
-  _globals['_GETMODELREQUEST']._serialized_end=2385
-  _globals['_PEER']._serialized_start=2387
-  _globals['_PEER']._serialized_end=2428
-  _globals['_GETMODELRESPONSE']._serialized_start=2431
-  _globals['_GETMODELRESPONSE']._serialized_end=2635
-  _globals['_INFERENCESERVICE']._serialized_start=2735
-  _globals['_INFERENCESERVICE']._serialized_end=2956
+  _globals['_GENERATESTARTED']._serialized_start=1414
+  _globals['_GENERATESTARTED']._serialized_end=1553
+  _globals['_GENERATEDELTA']._serialized_start=1556
+  _globals['_GENERATEDELTA']._serialized_end=1802
+  _globals['_USAGE']._serialized_start=1805
+  _globals['_USAGE']._serialized_end=1954
+  _globals['_TIMINGS']._serialized_start=1956
+  _globals['_TIMINGS']._serialized_end=2041
+  _globals['_GENERATEFINISHED']._serialized_start=2043
+  _globals['_GENERATEFINISHED']._serialized_end=2148
+  _globals['_GENERATEPROGRESS']._serialized_start=2150
+  _globals['_GENERATEPROGRESS']._serialized_end=2186
+  _globals['_GENERATERESPONSE']._serialized_start=2189
+  _globals['_GENERATERESPONSE']._serialized_end=2402
+  _globals['_TOKENIZEREQUEST']._serialized_start=2404
+  _globals['_TOKENIZEREQUEST']._serialized_end=2484
+  _globals['_TOKENIZERESPONSE']._serialized_start=2486
+  _globals['_TOKENIZERESPONSE']._serialized_end=2523
+  _globals['_GETMODELREQUEST']._serialized_start=2525
+  _globals['_GETMODELREQUEST']._serialized_end=2542
+  _globals['_PEER']._serialized_start=2544
+  _globals['_PEER']._serialized_end=2585
+  _globals['_GETMODELRESPONSE']._serialized_start=2588
+  _globals['_GETMODELRESPONSE']._serialized_end=2792
+  _globals['_INFERENCESERVICE']._serialized_start=2892
+  _globals['_INFERENCESERVICE']._serialized_end=3113
 # @@protoc_insertion_point(module_scope)

@@ -291,7 +291,7 @@ Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
 class ResumeChoice(_message.Message):
-    """Where a choice of an interrupted stream stands."""
+    """Where a choice of an interrupted stream stands; one that is not named has no tokens yet."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -301,10 +301,10 @@ class ResumeChoice(_message.Message):
     choice_index: _builtins.int
     """The choice."""
     finished: _builtins.bool
-    """Whether the choice had ended."""
+    """Whether the choice had ended: true exactly if its last token ended it."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens received so far."""
+        """All tokens received so far, at most max_tokens."""
 
     def __init__(
         self,
@@ -345,7 +345,7 @@ class GenerateRequest(_message.Message):
     label: _builtins.str
     """A caller's label for logs and traces, at most 128 characters; never a key."""
     attempt: _builtins.int
-    """Counts tries of the same request by a client library, from 1. Reserved."""
+    """Counts tries of the same request by a client library, from 1; for traces. 0 means 1."""
     @_builtins.property
     def tokens(self) -> Global___TokenPrompt:
         """Token ids."""
@@ -360,7 +360,10 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def resume(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResumeChoice]:
-        """Continues an interrupted stream. Reserved: refused for now unless empty."""
+        """Continues an interrupted stream of the same prompt and parameters. Unless it is greedy the seed
+        must be set, to that of GenerateStarted; max_tokens should be too. Each choice goes on at the
+        token after those given, with the text that follows the text sent with them.
+        """
 
     def __init__(
         self,
@@ -451,12 +454,20 @@ class GenerateStarted(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     BOOT_ID_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    NUMERICS_DIGEST_FIELD_NUMBER: _builtins.int
     request_id: _builtins.bytes
     """Made by the service, 16 bytes."""
     seed: _builtins.int
     """The seed in use."""
     boot_id: _builtins.bytes
     """Boot identity of the decode service, 16 bytes."""
+    max_tokens: _builtins.int
+    """The limit of each choice's output in effect."""
+    numerics_digest: _builtins.bytes
+    """Digest of model, numerics version and KV dtype, 16 bytes. A stream may be resumed only where it
+    is equal: other workers would go on with other tokens.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt as token ids."""
@@ -468,10 +479,12 @@ class GenerateStarted(_message.Message):
         seed: _builtins.int = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         boot_id: _builtins.bytes = ...,
+        max_tokens: _builtins.int = ...,
+        numerics_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "max_tokens", b"max_tokens", "numerics_digest", b"numerics_digest", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -544,16 +557,19 @@ class Usage(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     HANDED_OVER_TOKENS_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    RESUMED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens in the prompt."""
     output_tokens: _builtins.int
-    """Tokens generated, over all choices."""
+    """Tokens of the output, over all choices, resumed ones included."""
     cached_tokens: _builtins.int
-    """Prompt tokens found in this decode service's prefix cache."""
+    """Tokens of the prompt, and of a resumed output, found in this decode service's prefix cache."""
     handed_over_tokens: _builtins.int
-    """Prompt tokens whose pages came from a prefill service."""
+    """Tokens of the prompt, and of a resumed output, whose pages came from a prefill service."""
     preemptions: _builtins.int
     """How often a choice lost its pages to others and was recomputed."""
+    resumed_tokens: _builtins.int
+    """Tokens of the output that were given in `resume`."""
     def __init__(
         self,
         *,
@@ -562,10 +578,11 @@ class Usage(_message.Message):
         cached_tokens: _builtins.int = ...,
         handed_over_tokens: _builtins.int = ...,
         preemptions: _builtins.int = ...,
+        resumed_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "handed_over_tokens", b"handed_over_tokens", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "handed_over_tokens", b"handed_over_tokens", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "resumed_tokens", b"resumed_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -640,6 +657,30 @@ class GenerateFinished(_message.Message):
 Global___GenerateFinished: _TypeAlias = GenerateFinished  # noqa: Y015
 
 @_typing.final
+class GenerateProgress(_message.Message):
+    """Nothing is new, but the request is alive. Comes every half second while it waits for pages or for
+    a step, so that silence means a lost worker.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAITED_S_FIELD_NUMBER: _builtins.int
+    waited_s: _builtins.float
+    """Seconds since the message before."""
+    def __init__(
+        self,
+        *,
+        waited_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["waited_s", b"waited_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateProgress: _TypeAlias = GenerateProgress  # noqa: Y015
+
+@_typing.final
 class GenerateResponse(_message.Message):
     """One message of the stream."""
 
@@ -648,6 +689,7 @@ class GenerateResponse(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___GenerateStarted:
         """First."""
@@ -660,18 +702,23 @@ class GenerateResponse(_message.Message):
     def finished(self) -> Global___GenerateFinished:
         """Last."""
 
+    @_builtins.property
+    def progress(self) -> Global___GenerateProgress:
+        """Now and then between the first and the last."""
+
     def __init__(
         self,
         *,
         started: Global___GenerateStarted | None = ...,
         delta: Global___GenerateDelta | None = ...,
         finished: Global___GenerateFinished | None = ...,
+        progress: Global___GenerateProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "finished", b"finished", "message", b"message", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "finished", b"finished", "message", b"message", "progress", b"progress", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "finished", b"finished", "message", b"message", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "finished", b"finished", "message", b"message", "progress", b"progress", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["started", "delta", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["started", "delta", "finished", "progress"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
