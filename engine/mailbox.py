@@ -121,6 +121,13 @@ class AsyncEngine:
                 self.worker.cancel(name)
         self._give_back(mailbox.drain())
 
+    def abort(self, name: str, error: QuireError) -> None:
+        """Ends a sequence, or the lease it left; whoever waits for its outputs gets ``error``."""
+        mailbox = self._mailboxes.get(name)
+        if mailbox is not None:
+            mailbox.fail(error)
+        self.worker.cancel(name)
+
     async def call(self, function: Callable[[EngineCore], T]) -> T:
         """Runs ``function`` on the worker's thread, between two steps."""
         return await asyncio.wrap_future(self.worker.call(function))

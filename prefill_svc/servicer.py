@@ -10,7 +10,13 @@ from typing import Any
 import grpc
 
 from engine.admission import Capacity, check_prompt
-from engine.errors import HandoverRejected, InvalidRequest, ResourceExhausted, ShuttingDown
+from engine.errors import (
+    HandoverRejected,
+    InvalidRequest,
+    ResourceExhausted,
+    ShuttingDown,
+    StaleAttempt,
+)
 from engine.generation import PrefillTask
 from engine.mailbox import AsyncEngine, Mailbox
 from engine.outputs import Admitted
@@ -68,8 +74,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         prompt_ids = self._admit(request)
         transport = self._transport(request)
         name = sequence_name(request.request_id, request.attempt)
+        replaced = StaleAttempt(f"attempt {request.attempt} was replaced or released")
         self._handovers.begin(
-            request.request_id, request.attempt, lambda: self._engine.worker.cancel(name)
+            request.request_id, request.attempt, lambda: self._engine.abort(name, replaced)
         )
         mailbox = self._engine.open([name], _MAX_OUTPUTS)
         self.num_active += 1

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-BUDGET_S = {"unit": 180, "kernels": 120, "integration": 420, "faults": 240, "e2e": 240}
+BUDGET_S = {
+    "unit": 180,
+    "kernels": 120,
+    "integration": 420,
+    "faults": 240,
+    "simulation": 120,
+    "e2e": 240,
+}
 _spent: Counter[str] = Counter()
 
 

@@ -1,0 +1,357 @@
+"""One simulation from start to end, and what must hold in it.
+
+Two times the same scenario is two times the same history: the trace's digest tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import grpc
+import xxhash
+
+from engine.completion import Delta, Finished
+from engine.core import EngineCore
+from engine.errors import (
+    DeadlineExceeded,
+    PeerUnavailable,
+    QuireError,
+    RequestCancelled,
+    ResourceExhausted,
+)
+from engine.remote import AsyncRemoteEngine
+from kvstore import memory as memory_module
+from kvstore.ledger import PageState
+from prefill_svc.handovers import Handovers
+from tests.simulation.chance import Chance
+from tests.simulation.network import Network
+from tests.simulation.page_model import LOADED
+from tests.simulation.process import Process, task_of_process
+from tests.simulation.reference import expected_tokens, params_of, prompt_of
+from tests.simulation.scenario import PAGE_SIZE, PATIENCE_S, Ask, Fault, Scenario
+from tests.simulation.services import (
+    IndexServer,
+    Service,
+    VirtualEngineWorker,
+    in_simulation,
+)
+from tests.simulation.virtual_time import VirtualLoop, virtual_time
+
+# A failed handover for which the wire need not be at fault.
+HONEST_REASONS = frozenset(
+    {"landed", "committed", "no_worker", "silent", "unavailable", "cancelled", "boot_id"}
+    | {"deadline_exceeded", "resource_exhausted", "incomplete", "aborted", "invalid_argument"}
+)
+CORRUPTING = frozenset({"flip", "swap", "twice"})
+SPARE_S = 5.0
+MAX_TURNS = 200_000
+
+
+@dataclass
+class Result:
+    """``problems`` is empty if everything held; ``digest`` names the history."""
+
+    problems: list[str] = field(default_factory=list)
+    reached: set[str] = field(default_factory=set)
+    digest: str = ""
+    lines: list[str] = field(default_factory=list)
+
+
+def simulate(scenario: Scenario, keep_lines: bool = False) -> Result:
+    """Runs a scenario; with ``keep_lines`` the result tells what happened, line by line."""
+    return _World(scenario, keep_lines).run()
+
+
+class _World:
+    def __init__(self, scenario: Scenario, keep_lines: bool) -> None:
+        self.scenario = scenario
+        self.result = Result()
+        self._keep_lines = keep_lines
+        self._digest = xxhash.xxh3_128()
+        self._loop = VirtualLoop()
+        self._loop.set_task_factory(task_of_process)
+        self._loop.set_exception_handler(self._unhandled)
+        setup = scenario.setup
+        self._network = Network(
+            self._loop, Chance(scenario.seed), setup.max_latency_s, scenario.faults
+        )
+        self._network.trace = self._trace
+        self._network.reached = self.result.reached.add
+        self._index = IndexServer(self._network)
+        names = [f"prefill{number}" for number in range(setup.num_prefill)]
+        names += [f"decode{number}" for number in range(setup.num_decode)]
+        self._services = {name: Service(name, self._network, self._index, setup) for name in names}
+        self._client = Process("client")
+
+    def run(self) -> Result:
+        loop, scenario = self._loop, self.scenario
+        for ask in scenario.asks:  # found once and remembered: not under this world's clock
+            for choice in range(ask.choices):
+                expected_tokens(ask, choice)
+        with ExitStack() as stack:
+            stack.enter_context(virtual_time(loop, scenario.seed))
+            for each in in_simulation():
+                stack.enter_context(each)
+            stack.enter_context(self._wired())
+            stack.enter_context(_errors_logged(self._problem))
+            stack.enter_context(_running(loop))
+            try:
+                loop.run_until_complete(self._main())
+            except Exception as error:
+                self._problem(f"the simulation broke: {error!r}")
+            self._end_tasks()
+        self.result.digest = self._digest.hexdigest()
+        return self.result
+
+    @contextmanager
+    def _wired(self) -> Iterator[None]:
+        """Lets the patched parts find this world."""
+        setup = self.scenario.setup
+        layout = LOADED.model.spec.page_layout(PAGE_SIZE)
+        expire = Handovers.expire
+
+        def noted_expire(handovers: Handovers) -> int:
+            num_over = expire(handovers)
+            if num_over:
+                self.result.reached.add("a lease ran out")
+            return num_over
+
+        with (
+            patch.object(VirtualEngineWorker, "network", self._network, create=True),
+            patch.object(VirtualEngineWorker, "max_step_s", setup.max_step_s, create=True),
+            patch.object(VirtualEngineWorker, "stepped", self._stepped, create=True),
+            patch.object(VirtualEngineWorker, "broke", self._broke, create=True),
+            patch.object(grpc.aio, "insecure_channel", self._network.open_channel),
+            patch.object(Handovers, "expire", noted_expire),
+            patch.object(
+                memory_module, "MAX_GROUP_BYTES", layout.page_bytes // setup.num_layer_groups
+            ),
+        ):
+            yield
+
+    async def _main(self) -> None:
+        await asyncio.gather(*[service.start() for service in self._services.values()])
+        began = self._loop.now
+        tasks = [asyncio.ensure_future(self._happen(fault, began)) for fault in self._timed()]
+        asks = [
+            self._client.run(self._ask(number, ask, began))
+            for number, ask in enumerate(self.scenario.asks)
+        ]
+        await asyncio.gather(*asks, *tasks)
+        await self._rest()
+        for service in self._services.values():
+            self._note_outcomes(service)
+            await service.stop()
+
+    # -- requests
+
+    async def _ask(self, number: int, ask: Ask, began: float) -> None:
+        """One client: sends, reads to the end or leaves, and compares."""
+        await asyncio.sleep(began + ask.at - self._loop.now)
+        tokens: dict[int, list[int]] = {choice: [] for choice in range(ask.choices)}
+        reasons: dict[int, str] = {}
+        end = "left"
+        try:
+            async with asyncio.timeout(ask.leaves_s):
+                await self._read(ask, tokens, reasons)
+            end = "ok"
+        except QuireError as error:
+            end = type(error).__name__
+            if not self._excused(error, ask):
+                self._problem(f"request {number} failed: {end}: {error}")
+        except TimeoutError:
+            pass
+        self._trace("request over", number, end, tokens)
+        self.result.reached.add(f"request {end}")
+        for choice, found in tokens.items():
+            expected, reason = expected_tokens(ask, choice)
+            if tuple(found) != expected[: len(found)]:
+                self._problem(f"request {number} choice {choice}: {found}, not {expected}")
+            elif end == "ok" and (len(found), reasons.get(choice)) != (len(expected), reason):
+                self._problem(f"request {number} choice {choice} ended early: {found}")
+        late = self._loop.now - (began + ask.at + ask.timeout_s)
+        if late > 1.0:
+            self._problem(f"request {number} ended {late} s after its deadline")
+
+    async def _read(self, ask: Ask, tokens: dict[int, list[int]], reasons: dict[int, str]) -> None:
+        names = [name for name in self._services if name.startswith("decode")]
+        names = names[ask.decode :] + names[: ask.decode]
+        endpoints = [self._services[name].endpoint for name in names]
+        client = AsyncRemoteEngine(endpoints, timeout_s=ask.timeout_s)
+        items = client.items(prompt_of(ask), params_of(ask))
+        try:
+            async for item in items:
+                match item:
+                    case Delta():
+                        assert item.first_index == len(tokens[item.choice_index])
+                        tokens[item.choice_index] += item.token_ids
+                        if item.finish_reason:
+                            reasons[item.choice_index] = str(item.finish_reason)
+                    case Finished():
+                        self._note_usage(item)
+        finally:
+            await items.aclose()
+            await client.close()
+
+    def _excused(self, error: QuireError, ask: Ask) -> bool:
+        """Whether a request may fail this way in this scenario; wrong tokens are never excused."""
+        kinds = {fault.kind for fault in self.scenario.faults if fault.node == "generate"}
+        crashed = any(
+            fault.kind == "crash" and fault.node.startswith("decode")
+            for fault in self.scenario.faults
+        )
+        match error:
+            case PeerUnavailable():
+                return crashed or "cut" in kinds
+            case DeadlineExceeded():
+                return ask.timeout_s < PATIENCE_S
+            case RequestCancelled() | ResourceExhausted():
+                return False
+            case _:
+                return "flip" in kinds
+
+    # -- faults
+
+    def _timed(self) -> list[Fault]:
+        return [fault for fault in self.scenario.faults if fault.at]
+
+    async def _happen(self, fault: Fault, began: float) -> None:
+        at = began + fault.at
+        match fault.kind:
+            case "freeze":
+                service = self._services[fault.node]
+                service.frozen += ((at, at + fault.seconds),)
+                service.process.frozen = service.frozen
+                await asyncio.sleep(at + fault.seconds - self._loop.now)
+                self.result.reached.add(f"a {fault.node[:-1]} stood still")
+            case "no_index" | "unheard":
+                self._index.outages.append(
+                    Fault(fault.kind, fault.node, at=at, seconds=fault.seconds)
+                )
+                await asyncio.sleep(at + fault.seconds - self._loop.now)
+            case "empty_index":
+                await asyncio.sleep(at - self._loop.now)
+                self._index.forget()
+            case "crash":
+                await asyncio.sleep(at - self._loop.now)
+                await self._crash(self._services[fault.node], fault.seconds)
+
+    async def _crash(self, service: Service, seconds: float) -> None:
+        if not service.process.alive:
+            return
+        for route in set(self._network.busy_with(service.process)):
+            self.result.reached.add(f"a {service.name[:-1]} died in {route}")
+        self._note_outcomes(service)
+        service.crash()
+        await asyncio.sleep(seconds)
+        await service.start()
+
+    # -- what must hold
+
+    def _stepped(self, process: Process, core: EngineCore) -> None:
+        """After each step; the pool has checked itself in it."""
+        pool = core.pool
+        if pool.ledger.count(PageState.QUARANTINED):
+            self.result.reached.add("a page waited for its reader or writer")
+        self._trace(process.name, core.totals.steps, core.totals.step_rows, pool.num_available)
+
+    def _broke(self, process: Process, error: Exception) -> None:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        self._problem(f"{process.name} broke at {where.name}: {where.line}: {error!r}")
+
+    async def _rest(self) -> None:
+        """Everything is given back soon after the last request, whatever happened."""
+        setup = self.scenario.setup
+        until = self._loop.now + 2 * setup.lease_s + setup.handover_idle_s + SPARE_S
+        while held := self._held():
+            if self._loop.now > until:
+                for each in held:
+                    self._problem(f"not given back: {each}")
+                return
+            await asyncio.sleep(0.1)
+
+    def _held(self) -> list[str]:
+        return [each for service in self._services.values() for each in service.held()]
+
+    def _note_outcomes(self, service: Service) -> None:
+        kinds = {fault.kind for fault in self.scenario.faults}
+        for reason, count in service.outcomes().items():
+            if not count:
+                continue
+            self.result.reached.add(f"handover {reason}")
+            if reason not in HONEST_REASONS and not kinds & CORRUPTING:
+                self._problem(f"{service.name}: a handover failed for {reason}")
+
+    def _note_usage(self, finished: Finished) -> None:
+        usage = finished.usage
+        for what, count in (
+            ("preempted", usage.preemptions),
+            ("found in the cache", usage.cached_tokens),
+            ("handed over", usage.handed_over_tokens),
+        ):
+            if count:
+                self.result.reached.add(f"finished, {what}")
+
+    def _problem(self, what: str) -> None:
+        self._trace("problem", what)
+        self.result.problems.append(what)
+
+    def _unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self._problem(f"unhandled: {context.get('exception')!r} {context['message']}")
+
+    def _trace(self, *what: object) -> None:
+        line = f"{self._loop.now:.6f} {what!r}"
+        self._digest.update(line.encode())
+        if self._keep_lines:
+            self.result.lines.append(line)
+
+    def _end_tasks(self) -> None:
+        loop = self._loop
+        for _ in range(5):
+            tasks = asyncio.all_tasks(loop)
+            if not tasks:
+                break
+            for task in tasks:
+                task.cancel()
+            loop.run_until_complete(asyncio.wait(tasks, timeout=1.0))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+
+
+@contextmanager
+def _running(loop: VirtualLoop) -> Iterator[None]:
+    asyncio.set_event_loop(loop)
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+class _Errors(logging.Handler):
+    def __init__(self, report: Any) -> None:
+        super().__init__(logging.ERROR)
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._report(f"logged: {record.getMessage()} {record.exc_info or ''}")
+
+
+@contextmanager
+def _errors_logged(report: Any) -> Iterator[None]:
+    """Whatever a service logs as an error must not happen here."""
+    handler, root = _Errors(report), logging.getLogger()
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        logging.disable(before)
