@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from engine.outputs import (
     Reserved,
     StepStats,
 )
+from engine.recording import RecordedScheduler
 from engine.scheduler import (
     Cancel,
     Event,
@@ -63,12 +65,14 @@ Choice = TokenChoice | QuireError
 
 @dataclass(frozen=True, slots=True)
 class CoreSettings:
-    """``num_pages`` slots of ``page_size`` tokens; ``check_pages`` checks the pool every step."""
+    """``num_pages`` slots of ``page_size`` tokens; ``check_pages`` checks the pool every step;
+    ``record`` is a file for the scheduler's events and plans."""
 
     num_pages: int
     page_size: int = 32
     limits: SchedulerLimits = field(default_factory=SchedulerLimits)
     check_pages: bool = False
+    record: Path | None = None
 
 
 class EngineCore:
@@ -91,7 +95,7 @@ class EngineCore:
         self.memory = memory or PageMemory(self.layout, settings.num_pages)
         self.pool = PagePool(settings.num_pages, settings.page_size, clock, self.memory.generations)
         self.progress = LayerProgress(self.memory.groups.layers_per_group)
-        self.scheduler = Scheduler(self.pool, settings.limits, self._hasher)
+        self.scheduler = self._scheduler()
         self.token_bytes = token_bytes
         self._generations: dict[str, Generation] = {}
         self._events: list[Event] = []
@@ -294,6 +298,12 @@ class EngineCore:
             step_bytes=self.model.spec.weight_bytes + context * self.layout.token_bytes,
             step_time=elapsed_ns / 1e9,
         )
+
+    def _scheduler(self) -> Scheduler:
+        pool, settings = self.pool, self.settings
+        if settings.record is None:
+            return Scheduler(pool, settings.limits, self._hasher)
+        return RecordedScheduler(pool, settings.limits, self.fingerprint.digest, settings.record)
 
     def _hasher(self, tenant: str) -> PrefixHasher:
         return PrefixHasher(tenant, self.fingerprint.digest, self.settings.page_size)

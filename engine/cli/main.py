@@ -17,6 +17,7 @@ _COMMANDS = {
     "pages": "list the pages of all workers: who holds what, since when, why",
     "check": "say what this machine and installation can do",
     "trace": "print the trace of the last request as a tree",
+    "replay": "run a recording of a scheduler again and compare every plan",
     "demo": "up, one answer, its trace, down",
 }
 _PROGRAMS = {

@@ -67,6 +67,9 @@ class WorkerSettings:
     )
     log_level: str = setting("info", help="least severe log line", choices=LEVELS)
     check_pages: bool = setting(False, help="check the conservation of pages at every step")
+    record: Path | None = setting(
+        None, help="file that the scheduler's events and plans are appended to, for `quire replay`"
+    )
     supervised: bool = setting(
         False, help="a parent handles Ctrl-C; end when it ends (set by `quire up`)"
     )
@@ -92,4 +95,4 @@ class WorkerSettings:
             min_remote_tokens=self.min_remote_tokens,
         )
         num_pages = -(-self.pool_tokens // self.page_size)
-        return CoreSettings(num_pages, self.page_size, limits, self.check_pages)
+        return CoreSettings(num_pages, self.page_size, limits, self.check_pages, self.record)

@@ -7,7 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import redis
@@ -18,13 +19,12 @@ from engine.core import ragged_batch
 from engine.errors import EngineFault
 from engine.local import AsyncLocalEngine
 from engine.model.load import LoadedModel, load_model
+from engine.recording import replay
 from engine.sampling_params import SamplingParams
-from engine.scheduler import PlannedRows, Scheduler, StepPlan
+from engine.scheduler import PlannedRows
 from kernels.ragged import RaggedBatch
 from kernels.threads import configured_threads, set_num_threads
 from kvstore.memory import PageMemory
-from kvstore.pool import PagePool
-from kvstore.prefix_hash import PrefixHasher
 from quire.v1 import prefill_pb2
 from tests.integration.cluster import running
 
@@ -274,49 +274,26 @@ async def test_law_8_a_step_knows_the_bytes_it_moves(smollm2: LoadedModel) -> No
         assert core.totals.step_rows == 102
 
 
-class Recorder(Scheduler):
-    """A scheduler that writes down what it is told and what it answers."""
-
-    history: list[tuple[object, object, object]]
-
-    def plan(self, events):  # type: ignore[no-untyped-def]
-        events = tuple(events)
-        plan = super().plan(events)
-        self.history.append(("plan", events, plan))
-        return plan
-
-    def complete(self, plan, outcomes):  # type: ignore[no-untyped-def]
-        effects = super().complete(plan, outcomes)
-        self.history.append(("complete", dict(outcomes), effects))
-        return effects
-
-
-async def test_law_9_a_recorded_run_replays_to_the_same_plans() -> None:
-    async with AsyncLocalEngine("hash", page_size=16, pool_tokens=256) as engine:
-        core = engine.engine.core
-        core.scheduler = Recorder(core.pool, core.settings.limits, core._hasher)
-        core.scheduler.history = []
+async def test_law_9_a_recorded_run_replays_to_the_same_plans(
+    redis_url: str, tmp_path: Path
+) -> None:
+    """Both services, with preemptions, a handover that fails and clients that leave."""
+    files = tmp_path / "prefill.jsonl", tmp_path / "decode.jsonl"
+    async with (
+        running(
+            redis_url, prefill={"record": files[0]}, decode={"record": files[1], "pool_tokens": 512}
+        ) as cluster,
+        cluster.client() as client,
+    ):
         params = [SamplingParams(seed=n, n=1 + n % 2, max_tokens=30) for n in range(12)]
-        await engine.generate([PROMPT[: 5 + 7 * n] for n in range(12)], params)
-        history = core.scheduler.history
-    pool = PagePool(16, 16, clock=lambda: 0.0)
-    replay = Scheduler(
-        pool,
-        core.settings.limits,
-        lambda tenant: PrefixHasher(tenant, core.fingerprint.digest, 16),
-    )
-    assert sum(kind == "plan" for kind, _, _ in history) > 30
-    for found, expected in answers(replay, history):
-        assert found == expected
-
-
-def answers(
-    scheduler: Scheduler, history: list[tuple[object, object, object]]
-) -> Iterator[tuple[object, object]]:
-    plan = StepPlan()
-    for kind, given, answer in history:
-        if kind == "plan":
-            plan = scheduler.plan(given)  # type: ignore[arg-type]
-            yield plan, answer
-        else:
-            yield scheduler.complete(plan, given), answer  # type: ignore[arg-type]
+        await client.generate([PROMPT[: 5 + 7 * n] for n in range(12)], params)
+        stream = client.stream(PROMPT, SamplingParams(seed=1, max_tokens=30, ignore_eos=True))
+        await anext(stream)
+        await stream.aclose()
+        await cluster.balanced()
+    for file in files:
+        answers = list(replay(file))
+        assert not any(answers)
+        assert len(answers) > 20
+    assert '"Landed"' in files[1].read_text()
+    assert '"ReadsEnded"' in files[0].read_text()

@@ -30,6 +30,7 @@ PURE = (
     "kvstore.index",
     "engine.audit",
     "engine.scheduler",
+    "engine.recording",
     "engine.sequence",
     "engine.errors",
     "engine.lifecycle",
