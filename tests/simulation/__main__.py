@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 
 import torch
@@ -21,6 +22,7 @@ def main() -> int:
     parser.add_argument("--history", help="a history in JSON, as a failure prints it")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    gc.freeze()
     if options.history or options.seed is not None:
         found = Scenario.from_json(options.history) if options.history else draw(options.seed)
         return tell(found)
