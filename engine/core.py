@@ -46,6 +46,7 @@ from engine.scheduler import (
     Submit,
 )
 from engine.sequence import Goal
+from engine.swapper import Swapper
 from engine.telemetry.clock import now_ns
 from engine.token_function import TokenChoice, choose, chosen
 from kernels.progress import LayerProgress
@@ -55,6 +56,7 @@ from kvstore.memory import PageMemory
 from kvstore.page import PageIdentity, PageReference
 from kvstore.pool import PagePool
 from kvstore.prefix_hash import PrefixHasher
+from kvstore.swap import open_swap
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +68,16 @@ Choice = TokenChoice | QuireError
 @dataclass(frozen=True, slots=True)
 class CoreSettings:
     """``num_pages`` slots of ``page_size`` tokens; ``check_pages`` checks the pool every step;
-    ``record`` is a file for the scheduler's events and plans."""
+    ``record`` is a file for the scheduler's events and plans. ``swap_bytes`` is the
+    room for pages of preempted sequences, in host memory or in a file in ``swap_dir``."""
 
     num_pages: int
     page_size: int = 32
     limits: SchedulerLimits = field(default_factory=SchedulerLimits)
     check_pages: bool = False
     record: Path | None = None
+    swap_bytes: int = 0
+    swap_dir: Path | None = None
 
 
 class EngineCore:
@@ -95,6 +100,7 @@ class EngineCore:
         self.memory = memory or PageMemory(self.layout, settings.num_pages)
         self.pool = PagePool(settings.num_pages, settings.page_size, clock, self.memory.generations)
         self.progress = LayerProgress(self.memory.groups.layers_per_group)
+        self._swapper = self._open_swapper()
         self.scheduler = self._scheduler()
         self.token_bytes = token_bytes
         self._generations: dict[str, Generation] = {}
@@ -141,19 +147,30 @@ class EngineCore:
         """
         events, self._events = self._events, []
         plan = self.scheduler.plan(events)
+        self._swap(plan)
         self._publish_plan(plan)
         self._deliver(deliver)
         if plan.rows:
             self._run(plan)
             self._deliver(deliver)
         if self.settings.check_pages:
-            self.pool.check()
-        return bool(plan.rows or plan.preempted)
+            self.scheduler.check()
+        return bool(plan.rows or plan.preempted or plan.swap_ins)
+
+    def close(self) -> None:
+        """Gives the swap room back; no step may follow."""
+        if self._swapper is not None:
+            self._swapper.close()
 
     def _deliver(self, deliver: Callable[[list[Output]], None]) -> None:
         outputs, self._outputs = self._outputs, []
         if outputs:
             deliver(outputs)
+
+    def _swap(self, plan: StepPlan) -> None:
+        if self._swapper is not None:
+            self.totals += self._swapper.exchange(plan)
+            self._events += self._swapper.take_events()
 
     # -- run
 
@@ -170,6 +187,8 @@ class EngineCore:
         if plan.coming_pages:  # a step that failed on the way has told less
             self.progress.tell(base + self.layout.num_layers)
         self.last_step = self._stats(plan.rows, ended - started)
+        if self._swapper is not None:
+            self._swapper.learn(self.last_step)
         self.totals += self.last_step
 
     def _forward(
@@ -301,9 +320,21 @@ class EngineCore:
 
     def _scheduler(self) -> Scheduler:
         pool, settings = self.pool, self.settings
+        num_swap_slots = settings.swap_bytes // self.layout.page_bytes
         if settings.record is None:
-            return Scheduler(pool, settings.limits, self._hasher)
-        return RecordedScheduler(pool, settings.limits, self.fingerprint.digest, settings.record)
+            return Scheduler(pool, settings.limits, self._hasher, num_swap_slots)
+        return RecordedScheduler(
+            pool,
+            settings.limits,
+            self.fingerprint.digest,
+            settings.record,
+            num_swap_slots,
+        )
+
+    def _open_swapper(self) -> Swapper | None:
+        settings = self.settings
+        space = open_swap(settings.swap_bytes, settings.swap_dir, self.layout.page_bytes)
+        return None if space is None else Swapper(space, self.memory, settings.page_size)
 
     def _hasher(self, tenant: str) -> PrefixHasher:
         return PrefixHasher(tenant, self.fingerprint.digest, self.settings.page_size)

@@ -96,6 +96,7 @@ class AsyncEngine:
     async def stop(self) -> None:
         self._loop.remove_reader(self.core.progress.event)
         await asyncio.to_thread(self.worker.stop)
+        self.core.close()
 
     def open(self, names: Sequence[str], limit: int) -> Mailbox:
         """A mailbox for sequences about to be submitted; close it whatever happens."""

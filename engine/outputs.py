@@ -98,7 +98,7 @@ class StepStats:
     """What steps did and cost: one step, or a sum of them.
 
     ``step_bytes`` is what they had to read of weights and KV (design, law 8); prompt rows are those
-    whose logits nobody wanted.
+    whose logits nobody wanted. Pages are counted as they were swapped out, in, or not found intact.
     """
 
     steps: int = 0
@@ -106,6 +106,9 @@ class StepStats:
     prompt_rows: int = 0
     step_bytes: int = 0
     step_time: float = 0.0
+    swapped_out: int = 0
+    swapped_in: int = 0
+    swap_lost: int = 0
 
     def __add__(self, other: StepStats) -> StepStats:
         return StepStats(
@@ -114,4 +117,7 @@ class StepStats:
             self.prompt_rows + other.prompt_rows,
             self.step_bytes + other.step_bytes,
             self.step_time + other.step_time,
+            self.swapped_out + other.swapped_out,
+            self.swapped_in + other.swapped_in,
+            self.swap_lost + other.swap_lost,
         )

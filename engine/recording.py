@@ -9,7 +9,7 @@ neither torch, grpc nor redis.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -46,9 +46,14 @@ class RecordedScheduler(Scheduler):
     """A scheduler that appends everything to a file; each line is there as soon as it happened."""
 
     def __init__(
-        self, pool: PagePool, limits: SchedulerLimits, fingerprint: bytes, path: Path
+        self,
+        pool: PagePool,
+        limits: SchedulerLimits,
+        fingerprint: bytes,
+        path: Path,
+        num_swap_slots: int = 0,
     ) -> None:
-        super().__init__(pool, limits, _hashers(fingerprint, pool.page_size))
+        super().__init__(pool, limits, _hashers(fingerprint, pool.page_size), num_swap_slots)
         self._path = path
         self._write(
             "begin",
@@ -56,6 +61,7 @@ class RecordedScheduler(Scheduler):
             page_size=pool.page_size,
             limits=asdict(limits),
             fingerprint=fingerprint.hex(),
+            num_swap_slots=num_swap_slots,
         )
 
     def plan(self, events: Iterable[Event]) -> StepPlan:
@@ -118,7 +124,8 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _scheduler(line: dict[str, Any]) -> Scheduler:
     pool = PagePool(line["num_pages"], line["page_size"], clock=lambda: 0.0)
     hashers = _hashers(bytes.fromhex(line["fingerprint"]), pool.page_size)
-    return Scheduler(pool, SchedulerLimits(**line["limits"]), hashers)
+    limits = SchedulerLimits(**line["limits"])
+    return Scheduler(pool, limits, hashers, line["num_swap_slots"])
 
 
 def _hashers(fingerprint: bytes, page_size: int) -> Any:
@@ -135,7 +142,8 @@ def _value(kind: Any, plain: Any) -> Any:
     if is_dataclass(kind) and isinstance(plain, dict):
         hints = get_type_hints(kind)
         values = {name: _value(hint, plain[name]) for name, hint in hints.items()}
-        return kind(**values)  # type: ignore[misc]
+        make: Callable[..., Any] = kind
+        return make(**values)
     if isinstance(plain, list):
         inner = get_args(kind)[:1]
         return tuple(_value(inner[0] if inner else Any, each) for each in plain)

@@ -2,7 +2,8 @@
 
 Sequences join and leave at every step. Decode rows go first; prompts share what is left of the
 step's budget in chunks. Pages grow on demand; when none are left, the sequence admitted last gives
-its pages up and is computed again later, to the same tokens (law 1). Waiting sequences are admitted
+its pages up and is computed again later, to the same tokens (law 1); or its full pages are swapped
+out and back in, where that takes less time. Waiting sequences are admitted
 in order, each with pages for all its tokens at once, so nobody holds pages while waiting for pages.
 
 The same scheduler serves both services: a decode service generates, a prefill service has sequences
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 from engine.audit import Holders
 from engine.sequence import Goal, Sequence
+from engine.swapping import Rates, SwapIn, SwapLedger, SwapOut
 from kvstore.ledger import PageViolation
 from kvstore.pool import PagePool
 from kvstore.prefix_hash import PrefixHasher
@@ -69,8 +71,8 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """The handover into reserved pages is over: nobody writes into them any more, and the first
-    ``num_tokens`` tokens are verified. Only the first one told of a sequence counts.
+    """The handover or swap into reserved pages is over: nobody writes into them any more, and the
+    first ``num_tokens`` tokens are verified. Only the first one told of a sequence counts.
 
     Under ``foreign`` stand pages whose numbers are not this worker's own; empty for all others.
     """
@@ -88,7 +90,14 @@ class ReadsEnded:
     slots: tuple[int, ...]
 
 
-Event = Submit | Cancel | Landed | ReadsEnded
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What computing and swapping take on this worker by now."""
+
+    rates: Rates
+
+
+Event = Submit | Cancel | Landed | ReadsEnded | Measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +160,8 @@ class StepPlan:
     coming_pages: tuple[FinishedPage, ...] = ()
     prefilled: tuple[str, ...] = ()
     preempted: tuple[str, ...] = ()
+    swap_outs: tuple[SwapOut, ...] = ()
+    swap_ins: tuple[SwapIn, ...] = ()
     faults: tuple[Fault, ...] = ()
 
 
@@ -172,9 +183,14 @@ class Scheduler:
     """Owns the pool's accounting and every sequence. One thread uses it."""
 
     def __init__(
-        self, pool: PagePool, limits: SchedulerLimits, hasher: Callable[[str], PrefixHasher]
+        self,
+        pool: PagePool,
+        limits: SchedulerLimits,
+        hasher: Callable[[str], PrefixHasher],
+        num_swap_slots: int = 0,
     ) -> None:
         self.pool = pool
+        self.swap = SwapLedger(num_swap_slots)
         self.limits = limits
         self._hasher = hasher
         self._sequences: dict[str, Sequence] = {}
@@ -185,6 +201,8 @@ class Scheduler:
         self._writing: dict[str, list[int]] = {}
         self._leased: dict[str, list[int]] = {}
         self._faults: list[Fault] = []
+        self._rates = Rates()
+        self._swap_outs: list[SwapOut] = []
 
     @property
     def num_running(self) -> int:
@@ -207,6 +225,12 @@ class Scheduler:
         owned = {name: tuple(each.pages) for name, each in self._sequences.items()}
         return Holders(owned, _frozen(self._leased), _frozen(self._writing))
 
+    def check(self) -> None:
+        """Raises AssertionError unless pool and swap agree with themselves and the sequences."""
+        self.pool.check()
+        self.swap.check()
+        assert self.swap.holders().keys() <= self._sequences.keys()
+
     def plan(self, events: Iterable[Event]) -> StepPlan:
         """Takes the events in, then says what the next step runs."""
         for event in events:
@@ -223,6 +247,8 @@ class Scheduler:
             coming_pages=tuple(coming),
             prefilled=tuple(admitted.prefilled),
             preempted=tuple(preempted),
+            swap_outs=self._take_swap_outs(),
+            swap_ins=tuple(admitted.swap_ins),
             faults=self._take_faults(),
         )
 
@@ -262,6 +288,8 @@ class Scheduler:
                 self._land(event)
             case ReadsEnded(name, slots):
                 self.pool.end_reads(slots, name)
+            case Measured(rates):
+                self._rates = rates
 
     def _submit(self, event: Submit) -> None:
         assert event.name not in self._sequences, event.name
@@ -288,6 +316,7 @@ class Scheduler:
         sequence = self._sequences[name]
         self._reserved.remove(name)
         self._running.append(name)
+        self.swap.free(name)
         sequence.num_computed = max(event.num_tokens, sequence.num_computed)
         if event.foreign:
             sequence.hasher = sequence.hasher.under(event.foreign)
@@ -323,11 +352,13 @@ class Scheduler:
             self._waiting.remove(name)
         pages, sequence.pages = sequence.pages, []
         self.pool.release(pages, name)
+        self.swap.free(name)
         self._wake_followers(name)
 
     def _preempt(self, name: str) -> None:
         """Takes all pages from a running sequence; it goes first in the queue, to start again."""
         sequence = self._sequences[name]
+        self._swap_out(sequence)
         pages, sequence.pages = sequence.pages, []
         self.pool.release(pages, name)
         sequence.page_names.clear()
@@ -336,6 +367,35 @@ class Scheduler:
         sequence.remote = False
         self._running.remove(name)
         self._waiting.appendleft(name)
+
+    # -- swapping
+
+    def _swap_out(self, sequence: Sequence) -> None:
+        """Stores the full pages of a sequence about to lose them, as far as there is room.
+
+        Not those of a prefill sequence: its pages are announced as they are computed.
+        """
+        if sequence.goal is Goal.GENERATE and self._rates.swap_pays(self.pool.page_size):
+            names = sequence.page_names
+            swap_slots = self.swap.hold(sequence.name, len(names))
+            self._swap_outs += map(SwapOut, sequence.pages, swap_slots, names)
+
+    def _take_swap_outs(self) -> tuple[SwapOut, ...]:
+        swap_outs, self._swap_outs = self._swap_outs, []
+        return tuple(swap_outs)
+
+    def _swap_in(self, sequence: Sequence, admitted: _Admitted) -> bool:
+        """Parks a sequence until its swapped pages are back. The cache may still have some."""
+        swap_slots = self.swap.held_by(sequence.name)
+        num_cached = len(sequence.page_names)
+        if len(swap_slots) <= num_cached:
+            self.swap.free(sequence.name)
+            return False
+        names = sequence.shareable_names()
+        pages = tuple(map(SwapOut, sequence.pages, swap_slots, names))[num_cached:]
+        self._expect_writes(sequence, [page.slot for page in pages])
+        admitted.swap_ins.append(SwapIn(sequence.name, pages, num_cached))
+        return True
 
     # -- growing
 
@@ -401,7 +461,7 @@ class Scheduler:
         """Puts an admitted sequence where it belongs: reserved, done already, or running."""
         admitted.admissions.append(Admission(sequence.name, sequence.num_computed))
         admitted.finished_pages += self._announce_cached(sequence)
-        if self._reserve(sequence, admitted):
+        if self._swap_in(sequence, admitted) or self._reserve(sequence, admitted):
             return
         self._running.append(sequence.name)
         if sequence.has_prompt:
@@ -440,14 +500,18 @@ class Scheduler:
             return False
         num_cached = len(sequence.page_names)
         slots = sequence.pages[num_cached : self.pool.pages_for(num_tokens)]
-        for slot in slots:
-            self.pool.ledger.begin_write(slot, sequence.name)
-        self._writing[sequence.name] = slots
-        self._reserved.add(sequence.name)
+        self._expect_writes(sequence, slots)
         admitted.reservations.append(
             Reservation(sequence.name, tuple(slots), num_cached, num_tokens)
         )
         return True
+
+    def _expect_writes(self, sequence: Sequence, slots: list[int]) -> None:
+        """Someone else fills these pages; ``Landed`` ends it."""
+        for slot in slots:
+            self.pool.ledger.begin_write(slot, sequence.name)
+        self._writing[sequence.name] = slots
+        self._reserved.add(sequence.name)
 
     def _wake_followers(self, leader: str) -> None:
         """Sequences of the same prompt can share the leader's pages now, of whatever numbers."""
@@ -543,3 +607,4 @@ class _Admitted:
         self.reservations: list[Reservation] = []
         self.finished_pages: list[FinishedPage] = []
         self.prefilled: list[str] = []
+        self.swap_ins: list[SwapIn] = []

@@ -81,6 +81,10 @@ class PageMemory:
         """The bytes of one layer group of one page, writable."""
         return self._rows[slot, self.groups.span(layer_group)].data
 
+    def page(self, slot: int) -> memoryview:
+        """The bytes of one page, writable."""
+        return self._rows[slot, :].data
+
     def clear_tail(self, slot: int, num_tokens: int) -> None:
         """Zeroes all tokens of a page from ``num_tokens`` on: nobody else's bytes leave with it."""
         heads = self.kv[slot]  # [num_layers, num_kv_heads, head_bytes]

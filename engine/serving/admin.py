@@ -71,7 +71,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         return pb.ListPagesResponse(
             boot_id=self._engine.core.boot_id,
             counts=books.counts,
-            pages=[_record_of(each, now, strays.get(each.slot, "")) for each in books.records],
+            pages=[_record_of(each, now, strays.get(each.slot, "")) for each in books.records]
+            + books.swapped,
             callers=sorted(callers),
         )
 
@@ -108,11 +109,30 @@ class _Books:
     counts: pb.PageCounts
     holders: Holders
     leaving: set[str]
+    swapped: list[pb.PageRecord]
 
 
 def _books_of(core: EngineCore) -> _Books:
     pool = core.pool
-    return _Books(snapshot(pool.ledger), _counts_of(pool), core.scheduler.holders, core.leaving)
+    holders = core.scheduler.holders
+    return _Books(
+        snapshot(pool.ledger), _counts_of(pool), holders, core.leaving, swapped_pages(core)
+    )
+
+
+def swapped_pages(core: EngineCore) -> list[pb.PageRecord]:
+    """Pages outside the pool; their slots are slots of the swap room."""
+    return [
+        pb.PageRecord(
+            slot=slot,
+            state="swapped",
+            owners=[owner],
+            num_tokens=core.pool.page_size,
+            reason=f"swapped out until {owner} has pages again",
+        )
+        for owner, slots in core.scheduler.swap.holders().items()
+        for slot in slots
+    ]
 
 
 def _counts_of(pool: PagePool) -> pb.PageCounts:

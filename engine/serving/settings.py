@@ -67,6 +67,15 @@ class WorkerSettings:
     )
     log_level: str = setting("info", help="least severe log line", choices=LEVELS)
     check_pages: bool = setting(False, help="check the conservation of pages at every step")
+    swap_bytes: int = setting(
+        0,
+        help="room for pages of preempted sequences; 0 computes them again",
+        minimum=0,
+        maximum=2**50,
+    )
+    swap_dir: Path | None = setting(
+        None, help="folder for a file with that room; without one it is host memory"
+    )
     record: Path | None = setting(
         None, help="file that the scheduler's events and plans are appended to, for `quire replay`"
     )
@@ -95,4 +104,12 @@ class WorkerSettings:
             min_remote_tokens=self.min_remote_tokens,
         )
         num_pages = -(-self.pool_tokens // self.page_size)
-        return CoreSettings(num_pages, self.page_size, limits, self.check_pages, self.record)
+        return CoreSettings(
+            num_pages,
+            self.page_size,
+            limits,
+            self.check_pages,
+            self.record,
+            self.swap_bytes,
+            self.swap_dir,
+        )

@@ -201,6 +201,7 @@ class Worker(ABC):
 
         def load() -> Load:
             pages = {str(state): core.pool.ledger.count(state) for state in PageState}
+            pages["swapped"] = core.scheduler.swap.num_held
             return Load(
                 core.scheduler.num_running, core.scheduler.num_waiting, pages, asdict(core.totals)
             )

@@ -35,6 +35,7 @@ def _setup(rng: random.Random) -> Setup:
         min_remote_tokens=rng.choice((1, 16, 16, 32)),
         lease_s=rng.choice((0.05, 0.3, 1.0)),
         handover_idle_s=rng.choice((0.7, 1.5)),
+        swap_pages=rng.choice((0, 3, 20)),
         max_prompts=rng.choice((1, 64, 64)),
         max_latency_s=0.05 if slow else rng.choice((0.0005, 0.005)),
         max_step_s=rng.choice((0.0005, 0.003, 0.02)),
@@ -78,6 +79,7 @@ def _fault(rng: random.Random, setup: Setup) -> Fault:
         (3, lambda: _crash(rng, setup)),
         (2, lambda: _freeze(rng, setup)),
         (1, lambda: _index_fault(rng)),
+        (1, lambda: Fault("bad_swap", call=rng.randrange(3), bit=rng.randrange(4096))),
         (10, lambda: _wire_fault(rng)),
     ]
     weights = [weight for weight, _ in makers]

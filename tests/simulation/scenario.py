@@ -30,6 +30,7 @@ class Setup:
     lease_s: float
     handover_idle_s: float
     max_prompts: int
+    swap_pages: int
     max_latency_s: float
     max_step_s: float
     num_layer_groups: int
@@ -68,6 +69,7 @@ class Fault:
     twice         that message comes twice
     swap          that message comes after the next
     flip          bit ``bit`` of that message is flipped
+    bad_swap      page number ``call`` that comes back from swap is damaged in bit ``bit``
     again         a copy of the request of that call, ``seconds`` after it, by nobody in
                   particular; ``bit`` is added to its attempt
     ============  =====================================================================

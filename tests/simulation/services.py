@@ -30,6 +30,7 @@ from tests.simulation.process import Process, current_process
 from tests.simulation.scenario import PAGE_SIZE, Fault, Setup
 
 INDEX_TIMEOUT_S = 0.2
+PAGE_BYTES = LOADED.model.spec.page_layout(PAGE_SIZE).page_bytes
 
 
 class Inbox:
@@ -237,6 +238,7 @@ class Service:
         if ledger.num_free + pool.num_idle != pool.num_pages:
             found.append(f"{ledger.num_free} free and {pool.num_idle} idle of {pool.num_pages}")
         found += [f"mailbox of {name}" for name in worker.engine._mailboxes]
+        found += [f"swapped page of {name}" for name in core.scheduler.swap.holders()]
         found += [f"hold {slots}" for slots in core.scheduler._writing.values()]
         if isinstance(worker, PrefillWorker):
             servicer = worker._servicer
@@ -281,7 +283,10 @@ class Service:
             )
         tokens = setup.decode_pages * PAGE_SIZE
         return DecodeWorker, DecodeSettings(
-            pool_tokens=tokens, handover_idle_s=setup.handover_idle_s, **common
+            pool_tokens=tokens,
+            swap_bytes=setup.swap_pages * PAGE_BYTES,
+            handover_idle_s=setup.handover_idle_s,
+            **common,
         )
 
 

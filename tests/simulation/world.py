@@ -6,6 +6,7 @@ Two times the same scenario is two times the same history: the trace's digest te
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import traceback
 from collections.abc import Iterator
@@ -29,14 +30,15 @@ from engine.errors import (
 from engine.remote import AsyncRemoteEngine
 from kvstore import memory as memory_module
 from kvstore.ledger import PageState
+from kvstore.swap import MemoryRoom
 from prefill_svc.handovers import Handovers
 from tests.simulation.chance import Chance
 from tests.simulation.network import Network
-from tests.simulation.page_model import LOADED
 from tests.simulation.process import Process, task_of_process
 from tests.simulation.reference import expected_tokens, params_of, prompt_of
-from tests.simulation.scenario import PAGE_SIZE, PATIENCE_S, Ask, Fault, Scenario
+from tests.simulation.scenario import PATIENCE_S, Ask, Fault, Scenario
 from tests.simulation.services import (
+    PAGE_BYTES,
     IndexServer,
     Service,
     VirtualEngineWorker,
@@ -114,8 +116,11 @@ class _World:
     def _wired(self) -> Iterator[None]:
         """Lets the patched parts find this world."""
         setup = self.scenario.setup
-        layout = LOADED.model.spec.page_layout(PAGE_SIZE)
-        expire = Handovers.expire
+        expire, read = Handovers.expire, MemoryRoom.read
+        damage = {
+            fault.call: fault.bit for fault in self.scenario.faults if fault.kind == "bad_swap"
+        }
+        num_reads = itertools.count()
 
         def noted_expire(handovers: Handovers) -> int:
             num_over = expire(handovers)
@@ -123,16 +128,21 @@ class _World:
                 self.result.reached.add("a lease ran out")
             return num_over
 
+        def damaged_read(room: MemoryRoom, slot: int, target: memoryview) -> None:
+            read(room, slot, target)
+            bit = damage.get(next(num_reads))
+            if bit is not None:
+                target[bit // 8 % len(target)] ^= 1 << bit % 8
+
         with (
+            patch.object(MemoryRoom, "read", damaged_read),
             patch.object(VirtualEngineWorker, "network", self._network, create=True),
             patch.object(VirtualEngineWorker, "max_step_s", setup.max_step_s, create=True),
             patch.object(VirtualEngineWorker, "stepped", self._stepped, create=True),
             patch.object(VirtualEngineWorker, "broke", self._broke, create=True),
             patch.object(grpc.aio, "insecure_channel", self._network.open_channel),
             patch.object(Handovers, "expire", noted_expire),
-            patch.object(
-                memory_module, "MAX_GROUP_BYTES", layout.page_bytes // setup.num_layer_groups
-            ),
+            patch.object(memory_module, "MAX_GROUP_BYTES", PAGE_BYTES // setup.num_layer_groups),
         ):
             yield
 
@@ -260,6 +270,10 @@ class _World:
         pool = core.pool
         if pool.ledger.count(PageState.QUARANTINED):
             self.result.reached.add("a page waited for its reader or writer")
+        if core.totals.swapped_in:
+            self.result.reached.add("pages came back from swap")
+        if core.totals.swap_lost:
+            self.result.reached.add("a damaged page in swap was computed again")
         self._trace(process.name, core.totals.steps, core.totals.step_rows, pool.num_available)
 
     def _broke(self, process: Process, error: Exception) -> None:

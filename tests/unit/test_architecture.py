@@ -31,6 +31,7 @@ PURE = (
     "engine.audit",
     "engine.scheduler",
     "engine.recording",
+    "engine.swapping",
     "engine.sequence",
     "engine.errors",
     "engine.lifecycle",
