@@ -15,11 +15,14 @@ MOST_PAGES = 1 + (max(LENGTHS) + MAX_OUTPUT) // 16
 def draw(seed: int) -> Scenario:
     rng = random.Random(seed)
     setup = _setup(rng)
-    if rng.random() < 0.1:
+    crowded = rng.random() < 0.1
+    if crowded:
         setup, asks = _crowd(rng, setup)
     else:
         asks = tuple(_ask(rng, setup) for _ in range(rng.choice((1, 2, 2, 3, 4))))
     faults = tuple(_fault(rng, setup) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4))))
+    if crowded and rng.random() < 0.4:
+        faults += (_bad_swap(rng),)
     return Scenario(seed, setup, asks, faults)
 
 
@@ -79,7 +82,6 @@ def _fault(rng: random.Random, setup: Setup) -> Fault:
         (3, lambda: _crash(rng, setup)),
         (2, lambda: _freeze(rng, setup)),
         (1, lambda: _index_fault(rng)),
-        (1, lambda: Fault("bad_swap", call=rng.randrange(3), bit=rng.randrange(4096))),
         (10, lambda: _wire_fault(rng)),
     ]
     weights = [weight for weight, _ in makers]
@@ -98,6 +100,10 @@ def _freeze(rng: random.Random, setup: Setup) -> Fault:
 def _index_fault(rng: random.Random) -> Fault:
     kind = rng.choice(("no_index", "unheard", "empty_index"))
     return Fault(kind, at=_moment(rng), seconds=rng.choice((0.05, 1.0, 4.0)))
+
+
+def _bad_swap(rng: random.Random) -> Fault:
+    return Fault("bad_swap", call=rng.randrange(3), bit=rng.randrange(4096))
 
 
 def _wire_fault(rng: random.Random) -> Fault:
