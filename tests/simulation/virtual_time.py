@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+MAX_TURNS = 200_000
 EPOCH_S = 1_000.0  # a clock that starts at 0 hides mistakes
 
 
@@ -63,6 +64,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def _advance(self, timeout: float | None) -> None:
         self.num_turns += 1
+        if self.num_turns > MAX_TURNS:
+            self.num_turns = 0
+            raise Stuck(f"{MAX_TURNS} turns, and still something to do")
         if timeout is None:
             raise Stuck("nothing is left to happen, and the simulation has not ended")
         if timeout > 0:
@@ -71,7 +75,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class Stuck(Exception):
-    """Everybody waits for somebody else."""
+    """Everybody waits for somebody else, or somebody is never done."""
 
 
 @contextmanager
@@ -93,3 +97,14 @@ def virtual_time(loop: VirtualLoop, seed: int) -> Iterator[None]:
     finally:
         gc.enable()
         random.setstate(state)
+
+
+@contextmanager
+def running(loop: VirtualLoop) -> Iterator[None]:
+    """The current event loop for the block, closed after it."""
+    asyncio.set_event_loop(loop)
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()

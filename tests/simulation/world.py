@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,25 +17,19 @@ from unittest.mock import patch
 import grpc
 import xxhash
 
-from engine.completion import Delta, Finished
+from engine.completion import Finished
 from engine.core import EngineCore
-from engine.errors import (
-    DeadlineExceeded,
-    PeerUnavailable,
-    QuireError,
-    RequestCancelled,
-    ResourceExhausted,
-)
-from engine.remote import AsyncRemoteEngine
 from kvstore import memory as memory_module
 from kvstore.ledger import PageState
 from kvstore.swap import MemoryRoom
 from prefill_svc.handovers import Handovers
 from tests.simulation.chance import Chance
+from tests.simulation.client import answer_to, problems_of
+from tests.simulation.errors_logged import errors_logged
 from tests.simulation.network import Network
 from tests.simulation.process import Process, task_of_process
-from tests.simulation.reference import expected_tokens, params_of, prompt_of
-from tests.simulation.scenario import PATIENCE_S, Ask, Fault, Scenario
+from tests.simulation.reference import expected_tokens
+from tests.simulation.scenario import Ask, Fault, Scenario
 from tests.simulation.services import (
     PAGE_BYTES,
     IndexServer,
@@ -44,7 +37,7 @@ from tests.simulation.services import (
     VirtualEngineWorker,
     in_simulation,
 )
-from tests.simulation.virtual_time import VirtualLoop, virtual_time
+from tests.simulation.virtual_time import VirtualLoop, running, virtual_time
 
 # A failed handover for which the wire need not be at fault.
 HONEST_REASONS = frozenset(
@@ -53,7 +46,6 @@ HONEST_REASONS = frozenset(
 )
 CORRUPTING = frozenset({"flip", "swap", "twice"})
 SPARE_S = 5.0
-MAX_TURNS = 200_000
 
 
 @dataclass
@@ -102,8 +94,8 @@ class _World:
             for each in in_simulation():
                 stack.enter_context(each)
             stack.enter_context(self._wired())
-            stack.enter_context(_errors_logged(self._problem))
-            stack.enter_context(_running(loop))
+            stack.enter_context(errors_logged(self._problem))
+            stack.enter_context(running(loop))
             try:
                 loop.run_until_complete(self._main())
             except Exception as error:
@@ -163,69 +155,22 @@ class _World:
     # -- requests
 
     async def _ask(self, number: int, ask: Ask, began: float) -> None:
-        """One client: sends, reads to the end or leaves, and compares."""
         await asyncio.sleep(began + ask.at - self._loop.now)
-        tokens: dict[int, list[int]] = {choice: [] for choice in range(ask.choices)}
-        reasons: dict[int, str] = {}
-        end = "left"
-        try:
-            async with asyncio.timeout(ask.leaves_s):
-                await self._read(ask, tokens, reasons)
-            end = "ok"
-        except QuireError as error:
-            end = type(error).__name__
-            if not self._excused(error, ask):
-                self._problem(f"request {number} failed: {end}: {error}")
-        except TimeoutError:
-            pass
-        self._trace("request over", number, end, tokens)
-        self.result.reached.add(f"request {end}")
-        for choice, found in tokens.items():
-            expected, reason = expected_tokens(ask, choice)
-            if tuple(found) != expected[: len(found)]:
-                self._problem(f"request {number} choice {choice}: {found}, not {expected}")
-            elif end == "ok" and (len(found), reasons.get(choice)) != (len(expected), reason):
-                self._problem(f"request {number} choice {choice} ended early: {found}")
+        answer = await answer_to(ask, self._decode_endpoints(ask.decode))
+        self._trace("request over", number, answer.end, answer.tokens)
+        self.result.reached.add(f"request {answer.end}")
+        for problem in problems_of(ask, answer, self.scenario.faults):
+            self._problem(f"request {number} {problem}")
         late = self._loop.now - (began + ask.at + ask.timeout_s)
         if late > 1.0:
             self._problem(f"request {number} ended {late} s after its deadline")
+        if answer.finished is not None:
+            self._note_usage(answer.finished)
 
-    async def _read(self, ask: Ask, tokens: dict[int, list[int]], reasons: dict[int, str]) -> None:
+    def _decode_endpoints(self, first: int) -> list[str]:
+        """All of them, from one on."""
         names = [name for name in self._services if name.startswith("decode")]
-        names = names[ask.decode :] + names[: ask.decode]
-        endpoints = [self._services[name].endpoint for name in names]
-        client = AsyncRemoteEngine(endpoints, timeout_s=ask.timeout_s)
-        items = client.items(prompt_of(ask), params_of(ask))
-        try:
-            async for item in items:
-                match item:
-                    case Delta():
-                        assert item.first_index == len(tokens[item.choice_index])
-                        tokens[item.choice_index] += item.token_ids
-                        if item.finish_reason:
-                            reasons[item.choice_index] = str(item.finish_reason)
-                    case Finished():
-                        self._note_usage(item)
-        finally:
-            await items.aclose()
-            await client.close()
-
-    def _excused(self, error: QuireError, ask: Ask) -> bool:
-        """Whether a request may fail this way in this scenario; wrong tokens are never excused."""
-        kinds = {fault.kind for fault in self.scenario.faults if fault.node == "generate"}
-        crashed = any(
-            fault.kind == "crash" and fault.node.startswith("decode")
-            for fault in self.scenario.faults
-        )
-        match error:
-            case PeerUnavailable():
-                return crashed or "cut" in kinds
-            case DeadlineExceeded():
-                return ask.timeout_s < PATIENCE_S
-            case RequestCancelled() | ResourceExhausted():
-                return False
-            case _:
-                return "flip" in kinds
+        return [self._services[name].endpoint for name in names[first:] + names[:first]]
 
     # -- faults
 
@@ -336,36 +281,3 @@ class _World:
                 task.cancel()
             loop.run_until_complete(asyncio.wait(tasks, timeout=1.0))
         loop.run_until_complete(loop.shutdown_asyncgens())
-
-
-@contextmanager
-def _running(loop: VirtualLoop) -> Iterator[None]:
-    asyncio.set_event_loop(loop)
-    try:
-        yield
-    finally:
-        asyncio.set_event_loop(None)
-        loop.close()
-
-
-class _Errors(logging.Handler):
-    def __init__(self, report: Any) -> None:
-        super().__init__(logging.ERROR)
-        self._report = report
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._report(f"logged: {record.getMessage()} {record.exc_info or ''}")
-
-
-@contextmanager
-def _errors_logged(report: Any) -> Iterator[None]:
-    """Whatever a service logs as an error must not happen here."""
-    handler, root = _Errors(report), logging.getLogger()
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    root.addHandler(handler)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        logging.disable(before)

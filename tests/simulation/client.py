@@ -1,0 +1,88 @@
+"""A client of the simulation: what it asks, what it got, and what may be wrong with that."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from engine.completion import Delta, Finished
+from engine.errors import DeadlineExceeded, PeerUnavailable, QuireError
+from engine.remote import AsyncRemoteEngine
+from tests.simulation.reference import expected_tokens, params_of, prompt_of
+from tests.simulation.scenario import PATIENCE_S, Ask, Fault
+
+
+@dataclass
+class Answer:
+    """What came, by choice. ``end`` is ``ok``, ``left``, or the name of the error."""
+
+    tokens: dict[int, list[int]]
+    reasons: dict[int, str] = field(default_factory=dict)
+    finished: Finished | None = None
+    error: QuireError | None = None
+    end: str = "left"
+
+
+async def answer_to(ask: Ask, endpoints: Sequence[str]) -> Answer:
+    """Sends a request to the first endpoint and reads to the end, or leaves before."""
+    answer = Answer({choice: [] for choice in range(ask.choices)})
+    try:
+        async with asyncio.timeout(ask.leaves_s):
+            await _read(ask, endpoints, answer)
+        answer.end = "ok"
+    except QuireError as error:
+        answer.end, answer.error = type(error).__name__, error
+    except TimeoutError:
+        pass
+    return answer
+
+
+def problems_of(ask: Ask, answer: Answer, faults: Sequence[Fault]) -> Iterator[str]:
+    """Every stream is a prefix of the right one, all of it if it ended well, and fails only for a
+    reason."""
+    if answer.error is not None and not _excused(answer.error, ask, faults):
+        yield f"failed: {answer.end}: {answer.error}"
+    for choice, found in answer.tokens.items():
+        expected, reason = expected_tokens(ask, choice)
+        if tuple(found) != expected[: len(found)]:
+            yield f"choice {choice}: {found}, not {expected}"
+        elif answer.end == "ok" and (len(found), answer.reasons.get(choice)) != (
+            len(expected),
+            reason,
+        ):
+            yield f"choice {choice} ended early: {found}"
+
+
+async def _read(ask: Ask, endpoints: Sequence[str], answer: Answer) -> None:
+    client = AsyncRemoteEngine(endpoints, timeout_s=ask.timeout_s)
+    items = client.items(prompt_of(ask), params_of(ask))
+    try:
+        async for item in items:
+            match item:
+                case Delta():
+                    tokens = answer.tokens[item.choice_index]
+                    assert item.first_index == len(tokens), "a token was lost or doubled"
+                    tokens += item.token_ids
+                    if item.finish_reason:
+                        answer.reasons[item.choice_index] = str(item.finish_reason)
+                case Finished():
+                    answer.finished = item
+    finally:
+        await items.aclose()
+        await client.close()
+
+
+def _excused(error: QuireError, ask: Ask, faults: Sequence[Fault]) -> bool:
+    """Whether a request may fail this way among these faults; wrong tokens are never excused."""
+    match error:
+        case PeerUnavailable():
+            return any(
+                (fault.kind == "crash" and fault.node.startswith("decode"))
+                or (fault.kind == "cut" and fault.node == "generate")
+                for fault in faults
+            )
+        case DeadlineExceeded():
+            return ask.timeout_s < PATIENCE_S
+        case _:
+            return False
