@@ -9,7 +9,7 @@ neither torch, grpc nor redis.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -139,11 +139,9 @@ def _event(told: dict[str, Any]) -> Event:
 
 def _value(kind: Any, plain: Any) -> Any:
     """An event, or a field of one, from what ``_plain`` made of it."""
-    if is_dataclass(kind) and isinstance(plain, dict):
+    if isinstance(plain, dict) and isinstance(kind, type):
         hints = get_type_hints(kind)
-        values = {name: _value(hint, plain[name]) for name, hint in hints.items()}
-        make: Callable[..., Any] = kind
-        return make(**values)
+        return kind(**{name: _value(hint, plain[name]) for name, hint in hints.items()})
     if isinstance(plain, list):
         inner = get_args(kind)[:1]
         return tuple(_value(inner[0] if inner else Any, each) for each in plain)

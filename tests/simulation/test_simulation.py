@@ -36,6 +36,8 @@ SETUP = Setup(
     num_layer_groups=2,
 )
 
+LONG_ASK = Ask(at=0.0, text=0, num_prompt=97, max_tokens=10)
+
 SOMETIMES = (
     "a decode died in generate",
     "a decode died in prefill",
@@ -131,6 +133,24 @@ def test_a_planted_bug_is_found_and_its_history_shrinks_and_replays(name: str) -
         assert len(again.faults) <= 2
         assert simulate(again).problems == simulate(smallest).problems != []
     assert not simulate(again).problems
+
+
+SWEEPS = {
+    "the client leaves": lambda at: (replace(LONG_ASK, leaves_s=at), ()),
+    "time is over": lambda at: (replace(LONG_ASK, timeout_s=at), ()),
+    "the prefill dies": lambda at: (LONG_ASK, (Fault("crash", "prefill0", at=at, seconds=0.05),)),
+    "the decode dies": lambda at: (LONG_ASK, (Fault("crash", "decode0", at=at, seconds=0.05),)),
+    "the prefill freezes": lambda at: (LONG_ASK, (Fault("freeze", "prefill0", at=at, seconds=3),)),
+}
+
+
+@pytest.mark.parametrize("what", SWEEPS)
+def test_at_every_moment_of_a_request(what: str) -> None:
+    """One history for each moment, from before the request to after its last token."""
+    for moment in range(1, 61):
+        ask, faults = SWEEPS[what](moment * 0.006)
+        scenario = Scenario(moment, SETUP, (ask, replace(ask, text=1)), faults)
+        assert simulate(scenario).problems == [], scenario.to_json()
 
 
 def test_a_replaced_attempt_fails_at_once_and_not_at_its_deadline() -> None:
