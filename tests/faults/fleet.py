@@ -34,6 +34,7 @@ from tests.faults.link import Link, free_port
 from tests.faults.planted import FOLDER_VARIABLE, PACE, PLACES
 
 PATIENCE_S = 60.0
+START_S = 240.0  # four processes import torch at once
 POLL_S = 0.02
 LEASE_S = 0.6
 FLAGS = {
@@ -146,7 +147,7 @@ class WorkerProcess:
             assert self.alive, f"{self.name} ended:\n{self.log[-2000:]}"
             return self.serving
 
-        await eventually(said_so, f"{self.name} ready; its log:\n{self.log[-2000:]}")
+        await eventually(said_so, f"{self.name} ready; its log:\n{self.log[-2000:]}", START_S)
 
     def arm(self, place: str, what: str) -> None:
         """Lets ``what`` happen when the worker is next at ``place``, see ``planted``."""
