@@ -266,6 +266,7 @@ class Service:
         setup = self._setup
         common: dict[str, Any] = {
             "model": "pages",
+            "transports": ("grpc",),
             "page_size": PAGE_SIZE,
             "max_sequences": setup.max_sequences,
             "max_step_tokens": max(setup.chunk_tokens, setup.max_sequences),

@@ -34,8 +34,9 @@ def record(path: Path) -> None:
             rows.name: Outcome(7 if rows.wants_logits else None, rows.start > 45)
             for rows in plan.rows
         }
-        effects = scheduler.complete(plan, dict(outcomes))
-        reads.extend(page.slot for page in (*plan.finished_pages, *effects.finished_pages))
+        scheduler.complete(plan, dict(outcomes))
+        pages = (*plan.finished_pages, *plan.coming_pages)
+        reads.extend(page.slot for page in pages)
         return plan
 
     step(
@@ -47,7 +48,7 @@ def record(path: Path) -> None:
     step(Landed("there", 40))
     for _ in range(10):
         step()
-    step(ReadsEnded(tuple(reads)), Cancel("prompt"), Cancel("after"))
+    step(ReadsEnded("prompt", tuple(reads)), Cancel("prompt"), Cancel("after"))
     assert not scheduler.num_running or step()
 
 
