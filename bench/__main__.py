@@ -23,6 +23,7 @@ KINDS = {
     "decode": "tokens per second of running sequences",
     "prefill": "prompt tokens per second",
     "handover": "a prompt's pages from process to process",
+    "reuse": "a prompt's pages read from another worker's cache, beside computing them",
     "serve": "streams through the services beside the engine alone on the same cores",
     "steal": "decode while another process takes one of the cores away",
     "memory": "the most memory a decode service takes",

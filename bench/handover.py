@@ -99,7 +99,11 @@ class Services:
         return [
             ServicePlan("prefill", "prefill_svc", (*flags, *prefill)),
             *(
-                ServicePlan("decode", "decode_svc", (*flags, room, f"--transports={name}"))
+                ServicePlan(
+                    "decode",
+                    "decode_svc",
+                    (*flags, room, f"--transports={name}", "--prefill=remote"),
+                )
                 for name in self.transports
             ),
             ServicePlan("decode", "decode_svc", (*flags, room, "--prefill=local")),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+import time
 
 from decode_svc.admission import Admission
 from decode_svc.config import DecodeSettings
+from decode_svc.decider import Decider
 from decode_svc.intake import IntakeDesk
 from decode_svc.reader import Reader
 from decode_svc.servicer import InferenceServicer
-from decode_svc.workers import PrefillWorkers
+from decode_svc.workers import KnownWorkers
 from engine.admission import Capacity
 from engine.config import settings_from_command_line
 from engine.model.load import LoadedModel
@@ -27,18 +29,25 @@ class DecodeWorker(Worker):
     settings: DecodeSettings
     _admission: Admission
     _desk: IntakeDesk
-    _workers: PrefillWorkers
+    _workers: KnownWorkers
 
     def install(self, loaded: LoadedModel, capacity: Capacity, handlers: LateHandlers) -> None:
         settings = self.settings
         self._admission = Admission(settings.max_requests, settings.max_queued_tokens)
         reader = Reader(self.engine.core.fingerprint, settings.allow_foreign_kv)
-        self._workers = PrefillWorkers(self.index, reader, on_gone=self.transports.forget)
+        self._workers = KnownWorkers(self.index, reader, on_gone=self.transports.forget)
+        decider = Decider(
+            settings.prefill,
+            settings.min_remote_tokens,
+            self.engine.core.layout.token_bytes,
+            time.monotonic,
+        )
         self._desk = IntakeDesk(
             self.engine,
             self._workers,
             self.transports,
             self.index,
+            decider,
             self.metrics,
             settings.handover_idle_s,
         )
@@ -49,6 +58,7 @@ class DecodeWorker(Worker):
             settings,
             self._admission,
             self._desk,
+            decider,
             self.index,
             self.metrics,
         )

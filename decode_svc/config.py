@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from decode_svc.decider import PREFERENCES
 from engine.config import setting
 from engine.serving.settings import WorkerSettings
 
@@ -38,8 +39,10 @@ class DecodeSettings(WorkerSettings):
     )
     prefill: str = setting(
         default="auto",
-        help="where prompts are computed: auto (elsewhere when it pays) or local",
-        choices=("auto", "local"),
+        help="where a prompt's pages come from: auto (whichever way is predicted to be fastest), "
+        "local (computed here), remote (a prefill worker wherever possible), "
+        "pull (other workers' caches first, then a prefill worker)",
+        choices=("local", *PREFERENCES),
     )
     allow_foreign_kv: bool = setting(
         False,

@@ -1,8 +1,9 @@
-"""Intake of pages: reserved slots, a prefill worker, and what comes of it.
+"""Intake of pages: reserved slots, where their pages come from, and what comes of it.
 
 Whatever happens (no worker, a refusal, a broken or silent stream, a page that does not verify), the
-sequence joins the batch: with all pages after a valid commit, otherwise with none of them, and they
-are computed here (the same tokens come out, law 1). Only cancellation leaves the sequence alone.
+sequence joins the batch: with all pages of a transfer after a valid commit, otherwise with none of
+them, and they are computed here (the same tokens come out, law 1). Only cancellation leaves the
+sequence alone.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ import time
 from collections.abc import Awaitable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import grpc
 from opentelemetry.trace import Span, get_current_span
 
+from decode_svc.decider import Decider
+from decode_svc.fetch import Fetcher
 from decode_svc.places import conversion_facts, landing_of
-from decode_svc.workers import PrefillWorkers
+from decode_svc.sources import Sources
+from decode_svc.wanted import Wanted
+from decode_svc.workers import KnownWorkers
 from engine.lifecycle import Lifecycle
 from engine.mailbox import AsyncEngine
 from engine.outputs import Reserved
@@ -63,18 +68,13 @@ class HandoverFailed(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """The prompt whose pages are wanted, and until when on this process's monotonic clock."""
+@dataclass(slots=True)
+class _Clocked:
+    """What a handover took, on this process's monotonic clock."""
 
-    request_id: bytes
-    prompt_ids: tuple[int, ...]
-    tenant: str
-    deadline: float
-
-    @property
-    def remaining_s(self) -> float:
-        return max(self.deadline - time.monotonic(), 0.001)
+    called: float
+    accepted: float = 0.0
+    num_cached: int = 0
 
 
 @dataclass(slots=True)
@@ -91,14 +91,15 @@ class _Pulled:
 
 
 class IntakeDesk:
-    """Runs handovers into this service's pool."""
+    """Runs pulls and handovers into this service's pool."""
 
     def __init__(
         self,
         engine: AsyncEngine,
-        workers: PrefillWorkers,
+        workers: KnownWorkers,
         transports: Transports,
         index: PageIndex,
+        decider: Decider,
         metrics: Metrics,
         idle_s: float,
     ) -> None:
@@ -106,31 +107,55 @@ class IntakeDesk:
         self._workers = workers
         self._transports = transports
         self._index = index
+        self._decider = decider
         self._metrics = metrics
         self._idle_s = idle_s
+        self._sources = Sources(engine.core, index, workers, decider, metrics)
+        self._fetcher = Fetcher(
+            engine.core, workers, transports, decider, metrics, idle_s, self._tell
+        )
         self._background: set[asyncio.Task[None]] = set()
 
     async def fill(self, wanted: Wanted, reserved: Reserved) -> int:
-        """Fills reserved pages from a prefill worker; returns how many tokens came that way."""
+        """Fills reserved pages from other workers; returns how many tokens came that way."""
         reservation = reserved.reservation
-        pulled = await self._hand_over(wanted, reservation)
-        num_here = reservation.num_cached_pages * self._engine.core.settings.page_size
-        num_tokens = num_here if pulled is None else reservation.num_tokens
+        rest, prefill = await self._pull_first(wanted, reservation)
+        page_size = self._engine.core.settings.page_size
+        pulled = None
+        if prefill is not None:
+            num_sent = rest.num_tokens - rest.num_cached_pages * page_size
+            with self._workers.sending(prefill, num_sent):
+                pulled = await self._hand_over(wanted, rest, prefill)
+        num_here = rest.num_cached_pages * page_size
+        num_tokens = num_here if pulled is None else rest.num_tokens
         foreign = b"" if pulled is None else pulled.foreign
         self._engine.worker.post(Landed(reserved.name, num_tokens, foreign))
         if pulled is not None:
             self._watch_join(pulled.computed_ns)
-        return num_tokens - num_here
+        return num_tokens - reservation.num_cached_pages * page_size
 
     async def close(self) -> None:
         """Waits for what is still being told to others."""
         await asyncio.gather(*self._background, return_exceptions=True)
 
-    async def _hand_over(self, wanted: Wanted, reservation: Reservation) -> _Pulled | None:
+    async def _pull_first(
+        self, wanted: Wanted, reservation: Reservation
+    ) -> tuple[Reservation, WorkerRecord | None]:
+        """Pulls what is to be pulled; what is left then, and the prefill worker to hand it over, or
+        None if the rest is to be computed here."""
+        route = await self._sources.route(wanted, reservation)
+        if route.holder is None:
+            return reservation, route.prefill
+        num_pulled = await self._fetcher.pull(wanted, reservation, route.holder, route.num_pulled)
+        if num_pulled:
+            return _without_first(reservation, num_pulled), route.prefill
+        route = await self._sources.route(wanted, reservation, may_pull=False)
+        return reservation, route.prefill
+
+    async def _hand_over(
+        self, wanted: Wanted, reservation: Reservation, worker: WorkerRecord
+    ) -> _Pulled | None:
         """Brings the pages here, verified and committed. None if they are not here."""
-        worker = await self._choose(wanted)
-        if worker is None:
-            return None
         try:
             landing = self._landing(wanted, reservation, worker)
         except LandingError as error:
@@ -142,7 +167,7 @@ class IntakeDesk:
                 call = self._call(wanted, landing, worker)
                 span.set_attribute("quire.worker", worker.boot_id)
                 with _reason_told(span):
-                    pulled = await self._pull(call, landing, worker)
+                    pulled = await self._pull(call, wanted, landing, worker)
                 span.set_attribute("quire.bytes", pulled.num_bytes)
                 span.set_attributes(conversion_facts(landing))
         except HandoverFailed as failure:
@@ -178,16 +203,6 @@ class IntakeDesk:
                 record_stage(Lifecycle.EXPOSED, computed_ns, ended_ns, trace)
 
         self._engine.worker.call(lambda _: now_ns()).add_done_callback(joined)
-
-    async def _choose(self, wanted: Wanted) -> WorkerRecord | None:
-        with stage_span(Lifecycle.CHOOSE) as span:
-            worker = await self._workers.find()
-            span.set_attribute("quire.worker", worker.boot_id if worker else "none")
-        if worker is None:
-            facts = fields(request=wanted.request_id.hex(), known=self._workers.standing())
-            log.info("no prefill worker, the prompt is computed here", extra=facts)
-            self._metrics.handovers.labels("no_worker").inc()
-        return worker
 
     def _failed(self, failure: HandoverFailed, wanted: Wanted, worker: WorkerRecord) -> None:
         facts = fields(
@@ -236,11 +251,16 @@ class IntakeDesk:
         return stub.Prefill(request, timeout=wanted.remaining_s)
 
     async def _pull(
-        self, call: PrefillCall, landing: Landing | ConvertingLanding, worker: WorkerRecord
+        self,
+        call: PrefillCall,
+        wanted: Wanted,
+        landing: Landing | ConvertingLanding,
+        worker: WorkerRecord,
     ) -> _Pulled:
         """Pulls all pages and the commit. Raises HandoverFailed."""
+        clocked = _Clocked(called=time.monotonic())
         try:
-            return await self._read(call, landing, worker)
+            pulled = await self._read(call, landing, worker, clocked)
         except LandingError as error:
             raise HandoverFailed(error.reason, str(error)) from error
         except TransportUnavailable as error:
@@ -256,9 +276,21 @@ class IntakeDesk:
             if task is not None and task.cancelling():
                 raise
             raise HandoverFailed("cancelled", "the channel was closed") from None
+        self._decider.saw_handover(
+            queued=worker.load.queued_tokens,
+            delay_s=clocked.accepted - clocked.called,
+            seconds=time.monotonic() - clocked.accepted,
+            num_computed=len(wanted.prompt_ids) - 1 - clocked.num_cached,
+            num_bytes=pulled.num_bytes,
+        )
+        return pulled
 
     async def _read(
-        self, call: PrefillCall, landing: Landing | ConvertingLanding, worker: WorkerRecord
+        self,
+        call: PrefillCall,
+        landing: Landing | ConvertingLanding,
+        worker: WorkerRecord,
+        clocked: _Clocked,
     ) -> _Pulled:
         pulled = _Pulled(foreign=self._workers.reader.foreign(worker))
         spans = GroupSpans(Lifecycle.LAND, current_context())
@@ -272,6 +304,8 @@ class IntakeDesk:
                 case "accepted":
                     if response.accepted.boot_id.hex() != worker.boot_id:
                         raise HandoverFailed("boot_id", "another worker answered")
+                    clocked.accepted = time.monotonic()
+                    clocked.num_cached = response.accepted.cached_tokens
                     chosen = transport_from_wire(response.accepted.transport)
                     pulled.transport = chosen.name
                     get_current_span().set_attribute("quire.transport", chosen.name)
@@ -339,6 +373,15 @@ class IntakeDesk:
             await message
         except PageIndexError as error:
             log.debug("page index not told: %s", error)
+
+
+def _without_first(reservation: Reservation, num_pages: int) -> Reservation:
+    """What is left to fill when the first pages of a reservation are here."""
+    return replace(
+        reservation,
+        slots=reservation.slots[num_pages:],
+        num_cached_pages=reservation.num_cached_pages + num_pages,
+    )
 
 
 @contextmanager

@@ -13,12 +13,15 @@ from opentelemetry.context import Context
 
 from decode_svc.admission import Admission
 from decode_svc.config import DecodeSettings
-from decode_svc.intake import IntakeDesk, Wanted
+from decode_svc.decider import Decider
+from decode_svc.intake import IntakeDesk
+from decode_svc.wanted import Wanted
 from engine.admission import Capacity
 from engine.completion import Delta, StreamItem, Waiting
 from engine.errors import DeadlineExceeded, InvalidRequest, ModelError
 from engine.lifecycle import Lifecycle
 from engine.mailbox import AsyncEngine
+from engine.outputs import ChunkDone
 from engine.prompts import Prompt, encode_prompt
 from engine.request import Request
 from engine.serving.deadline import remaining_s
@@ -60,6 +63,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         settings: DecodeSettings,
         admission: Admission,
         desk: IntakeDesk,
+        decider: Decider,
         index: PageIndex,
         metrics: Metrics,
     ) -> None:
@@ -69,6 +73,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._settings = settings
         self._admission = admission
         self._desk = desk
+        self._decider = decider
         self._index = index
         self._metrics = metrics
 
@@ -139,10 +144,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             output_queue=self._settings.output_queue,
             parent=trace,
         )
-        if self._settings.prefill == "auto":
+        job.on_chunk = self._saw_chunk
+        if self._settings.prefill != "local":
             wanted = Wanted(job.request_id, job.first_ids, request.tenant, deadline)
             job.intake = functools.partial(self._desk.fill, wanted)
         return job
+
+    def _saw_chunk(self, chunk: ChunkDone) -> None:
+        self._decider.saw_chunk(chunk.num_tokens, (chunk.ended_ns - chunk.started_ns) / 1e9)
 
     def _attributes_of(self, job: Request) -> dict[str, str | int | float]:
         params = job.params

@@ -1,4 +1,4 @@
-"""The prefill workers this decode service knows, kept fresh in the background.
+"""The workers this decode service knows, kept fresh in the background.
 
 Redis is a hint (law 6). When it is silent the last list stays in use. When it was restarted empty,
 workers it does not name yet are kept until they had time to register again; not so a worker whose
@@ -11,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import grpc
 
-from decode_svc.choose import choose_prefill
+from decode_svc.choose import choose_holder, choose_prefill
 from decode_svc.reader import Reader
 from engine.serving.channels import open_channel
 from kvstore.index import PageIndex, PageIndexError, WorkerRecord
@@ -35,7 +37,7 @@ class _Known:
     until: float
 
 
-class PrefillWorkers:
+class KnownWorkers:
     """Chooses workers and keeps one channel to each; ``on_gone`` is told who is not known any more.
 
     A worker restarted at its old endpoint is another worker with a channel of its own: the old one
@@ -55,31 +57,46 @@ class PrefillWorkers:
         self._on_gone = on_gone
         self._known: dict[str, _Known] = {}
         self._avoid: dict[str, float] = {}
+        self._sent: Counter[str] = Counter()
         self._channels: dict[str, grpc.aio.Channel] = {}
 
-    def choose(self) -> WorkerRecord | None:
-        now = self._clock()
-        self._avoid = {boot: until for boot, until in self._avoid.items() if until > now}
-        records = [known.record for known in self._known.values()]
-        return choose_prefill(records, self.reader, self._avoid)
+    def choose(self, hit_tokens: Mapping[str, int] | None = None) -> WorkerRecord | None:
+        """The prefill worker that gets a prompt; see ``choose_prefill``."""
+        return choose_prefill(self._records(), self.reader, self._avoided(), hit_tokens)
 
-    async def find(self) -> WorkerRecord | None:
+    def holder(self, held_pages: Mapping[str, int]) -> WorkerRecord | None:
+        """The worker whose cached pages are read; see ``choose_holder``."""
+        return choose_holder(self._records(), self.reader, self._avoided(), held_pages)
+
+    async def find(self, hit_tokens: Mapping[str, int] | None = None) -> WorkerRecord | None:
         """As ``choose``; where it finds nobody, after one more look at who has registered."""
-        worker = self.choose()
+        worker = self.choose(hit_tokens)
         if worker is None:
             await self.refresh()
-            worker = self.choose()
+            worker = self.choose(hit_tokens)
         return worker
 
     def standing(self) -> str:
-        """Every known worker's endpoint and what speaks for or against it, for logs."""
+        """Every known prefill worker's endpoint and what speaks for or against it, for logs."""
         each = [
-            f"{known.record.endpoint} {self._fit(known.record)}" for known in self._known.values()
+            f"{record.endpoint} {self._fit(record)}"
+            for record in self._records()
+            if record.role == "prefill"
         ]
         return ", ".join(each) or "none known"
 
+    @contextmanager
+    def sending(self, worker: WorkerRecord, num_tokens: int) -> Iterator[None]:
+        """So many tokens are with the worker while the block runs, whatever it last said."""
+        self._sent[worker.boot_id] += num_tokens
+        try:
+            yield
+        finally:
+            self._sent[worker.boot_id] -= num_tokens
+            self._sent += Counter()
+
     def failed(self, worker: WorkerRecord) -> None:
-        """The worker broke a handover: leave it alone for a while."""
+        """The worker broke a transfer of pages: leave it alone for a while."""
         self._avoid[worker.boot_id] = self._clock() + AVOID_S
 
     def channel(self, worker: WorkerRecord) -> grpc.aio.Channel:
@@ -90,7 +107,7 @@ class PrefillWorkers:
     async def refresh(self) -> None:
         """Reads the list once; a failure keeps what is known."""
         try:
-            listed = await self._index.workers("prefill")
+            listed = await self._index.workers()
         except PageIndexError as error:
             log.debug("worker list not refreshed: %s", error)
             return
@@ -113,6 +130,22 @@ class PrefillWorkers:
     async def close(self) -> None:
         self._known = {}
         await self._close_unused()
+
+    def _records(self) -> list[WorkerRecord]:
+        """Every known worker with at least the load that it has from here."""
+        return [self._with_sent(known.record) for known in self._known.values()]
+
+    def _with_sent(self, record: WorkerRecord) -> WorkerRecord:
+        """A list may be a heartbeat old: prompts that come at once must not all go one way."""
+        sent = self._sent[record.boot_id]
+        if sent <= record.load.queued_tokens:
+            return record
+        return replace(record, load=replace(record.load, queued_tokens=sent))
+
+    def _avoided(self) -> dict[str, float]:
+        now = self._clock()
+        self._avoid = {boot: until for boot, until in self._avoid.items() if until > now}
+        return self._avoid
 
     def _fit(self, record: WorkerRecord) -> str:
         if not self.reader.reads(record):

@@ -20,11 +20,13 @@ import torch
 
 from engine.errors import EngineFault, QuireError
 from engine.generation import GenerateTask, Generation, PrefillTask
+from engine.lending import LentPage
 from engine.model import Model
 from engine.outputs import (
     Admitted,
     ChunkDone,
     Failed,
+    Lent,
     Output,
     PagesComing,
     Preempted,
@@ -272,6 +274,9 @@ class EngineCore:
         self._publish_pages(plan.coming_pages, base=self.progress.num_done)
         self._outputs += [Prefilled(name) for name in plan.prefilled]
         self._outputs += [Preempted(name) for name in plan.preempted]
+        for grant in plan.grants:
+            pages = tuple(map(self._identity, grant.pages))
+            self._outputs.append(Lent(grant.name, pages, grant.refusal))
         self._publish_faults(plan.faults)
 
     def _publish_faults(self, faults: Iterable[Fault]) -> None:
@@ -297,7 +302,7 @@ class EngineCore:
                 chunk = ChunkDone(row.name, row.start, len(row.tokens), started, ended)
                 self._outputs.append(chunk)
 
-    def _identity(self, page: FinishedPage) -> PageIdentity:
+    def _identity(self, page: FinishedPage | LentPage) -> PageIdentity:
         reference = PageReference(
             boot_id=self.boot_id,
             slot=page.slot,

@@ -8,7 +8,8 @@ from enum import StrEnum
 class Lifecycle(StrEnum):
     ADMIT = "admit"  # limits, deadline, tokenization
     QUEUE = "queue"  # waiting for pages in the decode pool
-    CHOOSE = "choose"  # which prefill worker, or none
+    CHOOSE = "choose"  # from where the prompt's pages come
+    PULL = "pull"  # cached pages on their way from whoever holds them
     PREFILL_QUEUE = "prefill_queue"  # waiting for a step of the model that prefills
     PREFILL_CHUNK = "prefill_chunk"  # one chunk of the prompt in the model
     HANDOVER = "handover"  # pages on their way from prefill to decode

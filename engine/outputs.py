@@ -61,6 +61,15 @@ class Prefilled:
 
 
 @dataclass(frozen=True, slots=True)
+class Lent:
+    """Cached pages are leased under the name, or fewer than asked for: ``refusal`` says why."""
+
+    name: str
+    pages: tuple[PageIdentity, ...]
+    refusal: str
+
+
+@dataclass(frozen=True, slots=True)
 class Preempted:
     """The sequence gave its pages to others and waits to be computed again."""
 
@@ -89,7 +98,15 @@ class Failed:
 
 
 Output = (
-    Admitted | Reserved | ChunkDone | PagesComing | Prefilled | Preempted | TokenOutput | Failed
+    Admitted
+    | Reserved
+    | ChunkDone
+    | PagesComing
+    | Prefilled
+    | Lent
+    | Preempted
+    | TokenOutput
+    | Failed
 )
 
 

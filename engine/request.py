@@ -33,6 +33,7 @@ from engine.outputs import (
     Admitted,
     ChunkDone,
     Failed,
+    Lent,
     Output,
     PagesComing,
     Preempted,
@@ -75,6 +76,7 @@ class Request:
 
     ``resume`` is what an interrupted stream of it has brought already: this one goes on from there.
     It tells that it waits whenever it has nothing to say for ``waiting_every_s``.
+    ``on_chunk`` hears of every chunk of the prompt that is computed here.
     """
 
     prompt_ids: tuple[int, ...]
@@ -84,6 +86,7 @@ class Request:
     resume: tuple[ChoiceSoFar, ...] = ()
     intake: Intake | None = None
     waiting_every_s: float | None = None
+    on_chunk: Callable[[ChunkDone], None] | None = None
     output_queue: int = 100_000
     parent: Context | None = None
     request_id: bytes = field(default_factory=lambda: secrets.token_bytes(REQUEST_ID_BYTES))
@@ -250,7 +253,7 @@ class _Run:
                 self._num_preemptions += 1
             case TokenOutput():
                 return self._token(output)
-            case Failed() | PagesComing() | Prefilled():
+            case Failed() | PagesComing() | Prefilled() | Lent():
                 pass
         return None
 
@@ -267,6 +270,8 @@ class _Run:
         )
 
     def _chunk_done(self, chunk: ChunkDone) -> None:
+        if self._request.on_chunk is not None:
+            self._request.on_chunk(chunk)
         if not self._times.first_token:
             self._times.joined = chunk.ended_ns
         attributes = {"quire.tokens": chunk.num_tokens, "quire.start": chunk.start}

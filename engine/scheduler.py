@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from engine.audit import Holders
+from engine.lending import Grant, Lend, Lending
 from engine.sequence import Goal, Sequence
 from engine.swapping import Rates, SwapIn, SwapLedger, SwapOut
 from kvstore.ledger import PageViolation
@@ -97,7 +98,7 @@ class Measured:
     rates: Rates
 
 
-Event = Submit | Cancel | Landed | ReadsEnded | Measured
+Event = Submit | Cancel | Landed | ReadsEnded | Lend | Measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +163,7 @@ class StepPlan:
     preempted: tuple[str, ...] = ()
     swap_outs: tuple[SwapOut, ...] = ()
     swap_ins: tuple[SwapIn, ...] = ()
+    grants: tuple[Grant, ...] = ()
     faults: tuple[Fault, ...] = ()
 
 
@@ -200,6 +202,7 @@ class Scheduler:
         self._reserved: set[str] = set()
         self._writing: dict[str, list[int]] = {}
         self._leased: dict[str, list[int]] = {}
+        self._lending = Lending(pool)
         self._faults: list[Fault] = []
         self._rates = Rates()
         self._swap_outs: list[SwapOut] = []
@@ -223,7 +226,8 @@ class Scheduler:
     def holders(self) -> Holders:
         """Everyone who holds pages as far as this scheduler knows, with their pages."""
         owned = {name: tuple(each.pages) for name, each in self._sequences.items()}
-        return Holders(owned, _frozen(self._leased), _frozen(self._writing))
+        leased = {**self._leased, **self._lending.lent}
+        return Holders(owned, _frozen(leased), _frozen(self._writing))
 
     def check(self) -> None:
         """Raises AssertionError unless pool and swap agree with themselves and the sequences."""
@@ -249,6 +253,7 @@ class Scheduler:
             preempted=tuple(preempted),
             swap_outs=self._take_swap_outs(),
             swap_ins=tuple(admitted.swap_ins),
+            grants=self._lend_all(),
             faults=self._take_faults(),
         )
 
@@ -283,6 +288,7 @@ class Scheduler:
                 self._submit(event)
             case Cancel(name):
                 self._drop(name)
+                self._lending.end(name)
                 self.pool.end_lease(self._leased.pop(name, []), name)
             case Landed():
                 self._land(event)
@@ -290,6 +296,8 @@ class Scheduler:
                 self.pool.end_reads(slots, name)
             case Measured(rates):
                 self._rates = rates
+            case Lend():
+                self._lending.ask(event)
 
     def _submit(self, event: Submit) -> None:
         assert event.name not in self._sequences, event.name
@@ -581,6 +589,20 @@ class Scheduler:
                 coming += self._announce_coming(each)
                 rows.append(each)
         return rows, coming
+
+    def _lend_all(self) -> tuple[Grant, ...]:
+        """Answers who asked for cached pages, after our own sequences got theirs.
+
+        One page per running sequence stays, and all that the first in the queue waits for.
+        """
+        needed = len(self._running)
+        if self._waiting:
+            needed += self.pool.pages_for(self._sequences[self._waiting[0]].num_wanted)
+        grants = []
+        for event in self._lending.take_asked():
+            with self._guarded(event):
+                grants.append(self._lending.grant(event, needed))
+        return tuple(grants)
 
     def _rows(self, name: str, count: int) -> PlannedRows:
         sequence = self._sequences[name]

@@ -101,13 +101,18 @@ class PagePool:
 
         All of them are leased, or none if one is refused.
         """
+        self.hold(slots, holder)
+        self.release(slots, holder)
+
+    def hold(self, slots: Sequence[int], holder: str) -> None:
+        """Leases sealed pages, whoever owns them: of all of them, or of none if one is refused."""
         for position, slot in enumerate(slots):
             try:
                 self.ledger.lease(slot, holder)
             except PageViolation:
                 self.end_lease(slots[:position], holder)
                 raise
-        self.release(slots, holder)
+            self._idle.pop(slot, None)
 
     def begin_exports(self, slots: Sequence[int], owner: str) -> None:
         """Reads of pages that ``owner`` fills: of all of them, or of none if one is refused."""

@@ -9,10 +9,10 @@ from engine.admission import Capacity
 from engine.config import settings_from_command_line
 from engine.model.load import LoadedModel
 from engine.serving.late_handlers import LateHandlers
+from engine.serving.leases import Leases
 from engine.serving.process import run_worker
 from engine.serving.worker import Worker
 from prefill_svc.config import PrefillSettings
-from prefill_svc.handovers import Handovers
 from prefill_svc.servicer import PrefillServicer
 from quire.v1 import prefill_pb2_grpc
 
@@ -24,10 +24,10 @@ class PrefillWorker(Worker):
     main_service = "quire.v1.PrefillService"
     settings: PrefillSettings
     _servicer: PrefillServicer
-    _handovers: Handovers
+    _handovers: Leases
 
     def install(self, loaded: LoadedModel, capacity: Capacity, handlers: LateHandlers) -> None:
-        self._handovers = handovers = Handovers(self.settings.lease_s, time.monotonic)
+        self._handovers = handovers = Leases(self.settings.lease_s, time.monotonic)
         self._servicer = PrefillServicer(
             self.engine, capacity, self.settings, handovers, self.transports, self.metrics
         )

@@ -20,6 +20,7 @@ from engine.errors import (
 from engine.generation import PrefillTask
 from engine.mailbox import AsyncEngine, Mailbox
 from engine.outputs import Admitted
+from engine.serving.leases import Leases, sequence_name
 from engine.serving.status import maps_errors
 from engine.telemetry.metrics import Metrics
 from kvstore.fingerprint import LayoutFingerprint
@@ -36,7 +37,6 @@ from kvstore.transports.grpc_wire import (
 )
 from prefill_svc.config import PrefillSettings
 from prefill_svc.export import Export, Message, num_bytes
-from prefill_svc.handovers import Handovers, sequence_name
 from quire.v1 import pages_pb2, prefill_pb2_grpc
 from quire.v1 import prefill_pb2 as pb
 
@@ -53,7 +53,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         engine: AsyncEngine,
         capacity: Capacity,
         settings: PrefillSettings,
-        handovers: Handovers,
+        handovers: Leases,
         transports: Transports,
         metrics: Metrics,
     ) -> None:
@@ -87,7 +87,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 async for response in responses:
                     with self._patience():
                         yield response
-            self._handovers.committed(request.request_id, request.attempt)
+            self._handovers.granted(request.request_id, request.attempt)
             self._engine.detach(mailbox)
         finally:
             self.num_active -= 1

@@ -51,6 +51,12 @@ class WorkerSettings:
         help="how pages may be handed over, best first; auto: shm where it can be had, then grpc",
         choices=(AUTO, *NAMES),
     )
+    page_lease_s: float = setting(
+        10.0,
+        help="seconds another worker may take to read cached pages it asked for",
+        minimum=0.05,
+        maximum=600.0,
+    )
     drain_s: float = setting(
         30.0, help="seconds running requests have at shutdown", minimum=0.0, maximum=86400.0
     )

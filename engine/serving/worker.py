@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
@@ -21,6 +22,8 @@ from engine.progress import default_progress
 from engine.registration import Registration
 from engine.serving.admin import AdminServicer
 from engine.serving.late_handlers import LateHandlers
+from engine.serving.leases import Leases
+from engine.serving.pages import PageServicer, lent_name
 from engine.serving.settings import WorkerSettings
 from engine.telemetry.logs import fields
 from engine.telemetry.metrics import Load, Metrics, MetricsServer
@@ -30,10 +33,11 @@ from kvstore.index.memory import MemoryPageIndex
 from kvstore.ledger import PageState
 from kvstore.transports import TransportUnavailable
 from kvstore.transports.choice import Transports, open_memory
-from quire.v1 import admin_pb2_grpc
+from quire.v1 import admin_pb2_grpc, page_service_pb2_grpc
 
 BOOT_ID_BYTES = 16
 ADMIN_SERVICE = "quire.v1.AdminService"
+PAGE_SERVICE = "quire.v1.PageService"
 log = logging.getLogger(__name__)
 
 
@@ -55,6 +59,7 @@ class Worker(ABC):
         self.engine: AsyncEngine
         self._transports: Transports | None = None
         self.index: PageIndex = _open_index(settings.redis)
+        self.page_leases = Leases(settings.page_lease_s, time.monotonic)
         self._request_stop = request_stop
         self._handlers = LateHandlers(self.service_names)
         self._tasks: list[asyncio.Task[None]] = []
@@ -69,7 +74,7 @@ class Worker(ABC):
 
     @property
     def service_names(self) -> tuple[str, ...]:
-        return (self.main_service, ADMIN_SERVICE)
+        return (self.main_service, PAGE_SERVICE, ADMIN_SERVICE)
 
     @property
     def transports(self) -> Transports:
@@ -87,7 +92,7 @@ class Worker(ABC):
 
     def callers(self) -> set[str]:
         """Names under which pages are held that a request or lease here still answers for."""
-        return self.engine.callers
+        return self.engine.callers | set(map(lent_name, self.page_leases.names))
 
     @abstractmethod
     async def close(self) -> None:
@@ -120,6 +125,7 @@ class Worker(ABC):
         )
         self._watch()
         self.install(loaded, capacity, self._handlers)
+        self._lend_pages()
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._handlers)  # type: ignore[arg-type]
         self.state = "serving"
         await self._registration.beat(all_pages=True)
@@ -195,6 +201,17 @@ class Worker(ABC):
             state="draining" if self.state == "draining" else "serving",
             layout=core.fingerprint,
         )
+
+    def _lend_pages(self) -> None:
+        servicer = PageServicer(
+            self.engine,
+            self.page_leases,
+            self.transports,
+            self.metrics,
+            draining=lambda: self.state != "serving",
+        )
+        page_service_pb2_grpc.add_PageServiceServicer_to_server(servicer, self._handlers)  # type: ignore[arg-type]
+        self.spawn(self.page_leases.reap())
 
     def _watch(self) -> None:
         core = self.engine.core

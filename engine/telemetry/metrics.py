@@ -46,6 +46,11 @@ class Metrics:
         self.handover_bytes = self._counter(
             "handover_bytes", "Bytes of pages handed over, by transport", "transport"
         )
+        self.leases = self._counter("page_leases", "Leases on cached pages by outcome", "outcome")
+        self.lent_bytes = self._counter("lent_bytes", "Bytes of cached pages read by other workers")
+        self.pulls = self._counter("pulls", "Pulls of cached pages by outcome", "outcome")
+        self.pulled_pages = self._counter("pulled_pages", "Cached pages of others landed here")
+        self.pulled_bytes = self._counter("pulled_bytes", "Their bytes")
         self.handover_seconds = self._histogram("handover", "A handover", _SECONDS)
         self.handover_exposed_seconds = self._histogram(
             "handover_exposed", "From the end of prefill to joining the batch", _EXPOSED_SECONDS

@@ -44,18 +44,32 @@ def fingerprint_from_wire(message: pages_pb2.LayoutFingerprint) -> LayoutFingerp
     return fingerprint
 
 
+def reference_to_wire(reference: PageReference) -> pages_pb2.PageReference:
+    return pages_pb2.PageReference(
+        boot_id=reference.boot_id,
+        slot=reference.slot,
+        generation=reference.generation,
+        prefix_hash=reference.prefix_hash,
+        fingerprint=reference.fingerprint,
+        kv_group=reference.kv_group,
+    )
+
+
+def reference_from_wire(message: pages_pb2.PageReference) -> PageReference:
+    return PageReference(
+        boot_id=id_from_wire("reference.boot_id", message.boot_id),
+        slot=message.slot,
+        generation=message.generation,
+        prefix_hash=id_from_wire("reference.prefix_hash", message.prefix_hash),
+        fingerprint=id_from_wire("reference.fingerprint", message.fingerprint),
+        kv_group=message.kv_group,
+    )
+
+
 def frame_to_wire(frame: PageFrame) -> pages_pb2.PageFrame:
     identity = frame.identity
-    reference = identity.reference
     return pages_pb2.PageFrame(
-        reference=pages_pb2.PageReference(
-            boot_id=reference.boot_id,
-            slot=reference.slot,
-            generation=reference.generation,
-            prefix_hash=reference.prefix_hash,
-            fingerprint=reference.fingerprint,
-            kv_group=reference.kv_group,
-        ),
+        reference=reference_to_wire(identity.reference),
         page_index=identity.page_index,
         num_tokens=identity.num_tokens,
         layer_group=frame.layer_group,
@@ -66,16 +80,8 @@ def frame_to_wire(frame: PageFrame) -> pages_pb2.PageFrame:
 
 
 def frame_from_wire(message: pages_pb2.PageFrame) -> PageFrame:
-    reference = message.reference
     identity = PageIdentity(
-        reference=PageReference(
-            boot_id=_id("reference.boot_id", reference.boot_id),
-            slot=reference.slot,
-            generation=reference.generation,
-            prefix_hash=_id("reference.prefix_hash", reference.prefix_hash),
-            fingerprint=_id("reference.fingerprint", reference.fingerprint),
-            kv_group=reference.kv_group,
-        ),
+        reference=reference_from_wire(message.reference),
         page_index=message.page_index,
         num_tokens=message.num_tokens,
     )
@@ -84,7 +90,7 @@ def frame_from_wire(message: pages_pb2.PageFrame) -> PageFrame:
         layer_group=message.layer_group,
         num_layer_groups=message.num_layer_groups,
         payload=message.payload,
-        digest=_id("digest", message.digest),
+        digest=id_from_wire("digest", message.digest),
     )
 
 
@@ -111,8 +117,8 @@ def commit_from_wire(message: pages_pb2.Commit) -> Commit:
     return Commit(
         num_pages=message.num_pages,
         num_tokens=message.num_tokens,
-        pages_digest=_id("commit.pages_digest", message.pages_digest),
-        prompt_hash=_id("commit.prompt_hash", message.prompt_hash),
+        pages_digest=id_from_wire("commit.pages_digest", message.pages_digest),
+        prompt_hash=id_from_wire("commit.prompt_hash", message.prompt_hash),
         since_computed_s=message.since_computed_s,
     )
 
@@ -125,7 +131,8 @@ def transport_from_wire(message: pages_pb2.TransportDescriptor) -> TransportAddr
     return TransportAddress(message.name or DEFAULT, message.address)
 
 
-def _id(field: str, value: bytes) -> bytes:
+def id_from_wire(field: str, value: bytes) -> bytes:
+    """Raises WireError unless the value can be an identity or a digest."""
     if len(value) != _ID_BYTES:
         raise WireError(f"{field} has {len(value)} bytes, not {_ID_BYTES}")
     return value

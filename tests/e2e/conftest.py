@@ -110,13 +110,16 @@ def wait_until(condition: Callable[[], object], timeout_s: float = PATIENCE_S) -
 
 
 def start_up(folder: Path, *flags: str, **settings: str) -> Up:
-    """Starts `quire up` and waits until everything is ready; ``settings`` go by environment."""
+    """Starts `quire up` and waits until everything is ready; ``settings`` go by environment.
+
+    Prompts go to a prefill worker wherever possible: which way is fastest here is no matter.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     output = (folder / "up.out").open("w")
     with output:
         process = subprocess.Popen(
             [*QUIRE, "up", *flags],
-            env=os.environ | {"QUIRE_STATE_DIR": str(folder)} | settings,
+            env=os.environ | {"QUIRE_STATE_DIR": str(folder), "QUIRE_PREFILL": "remote"} | settings,
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,

@@ -107,6 +107,7 @@ class WorkerProcess:
         command = [*wrapper, sys.executable, "-m", *module, *self._arguments()]
         environment |= {
             "GRPC_VERBOSITY": "NONE",  # gRPC reports what we break
+            "QUIRE_PREFILL": "remote",  # what is broken is the way to another worker
             "PYTHONPATH": os.pathsep.join(sys.path),
             FOLDER_VARIABLE: str(self._folder),
         }

@@ -28,12 +28,12 @@ from engine.config import settings_from_command_line
 from engine.core import EngineCore
 from engine.mailbox import AsyncEngine
 from engine.model.hash_model import HashModel
+from engine.serving.leases import Leases
 from engine.serving.process import run_worker
 from kvstore.landing import Landing
 from prefill_svc.__main__ import PrefillWorker
 from prefill_svc.config import PrefillSettings
 from prefill_svc.export import Export
-from prefill_svc.handovers import Handovers
 
 FOLDER_VARIABLE = "QUIRE_FAULTS"
 PACE = "pace"
@@ -105,7 +105,7 @@ def plant() -> None:
     before(HashModel, "forward", lambda *_: reach("forward"))
     before(EngineCore, "_publish_chunks", after_a_chunk)
     before(Export, "_frame", lambda *_: reach("frame"))
-    before(Handovers, "committed", lambda *_: reach("committed"))
+    before(Leases, "granted", lambda *_: reach("committed"))
     before(Landing, "claim", lambda *_: reach("landing"))
     before(Landing, "finish", lambda *_: reach("verify"))
 

@@ -68,6 +68,9 @@ class Node:
     def core(self) -> EngineCore:
         return self.worker.engine.core
 
+    def client(self, **options: Any) -> AsyncRemoteEngine:
+        return AsyncRemoteEngine([self.endpoint], **options)
+
     async def in_balance(self) -> bool:
         """Whether every page is free or idle in the cache, and the ledger agrees with itself."""
 
@@ -150,6 +153,11 @@ def settings_for(redis_url: str, **changes: Any) -> dict[str, Any]:
     return common | changes
 
 
+def decode_settings(redis_url: str, **changes: Any) -> DecodeSettings:
+    """Prompts go to a prefill worker wherever possible: which way is fastest here is no matter."""
+    return DecodeSettings(**({"prefill": "remote"} | settings_for(redis_url, **changes)))
+
+
 @asynccontextmanager
 async def running(
     redis_url: str,
@@ -168,7 +176,7 @@ async def running(
             settings = PrefillSettings(**settings_for(redis_url, **common, **(prefill or {})))
             cluster.prefill.append(await start(PrefillWorker, settings, loaded))
         for _ in range(num_decode):
-            settings_d = DecodeSettings(**settings_for(redis_url, **common, **(decode or {})))
+            settings_d = decode_settings(redis_url, **common, **(decode or {}))
             cluster.decode.append(await start(DecodeWorker, settings_d, loaded))
         if num_prefill:
             await cluster.prefill_known()

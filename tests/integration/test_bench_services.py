@@ -19,7 +19,10 @@ from kernels.peaks import Peaks
 PEAKS = Peaks(2, 10.0, 400.0, 200.0, 100.0, int8_by="x", fp32_by="y")
 
 
-def test_serving_is_measured_from_a_start_to_the_last_stream() -> None:
+def test_serving_is_measured_from_a_start_to_the_last_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("QUIRE_PREFILL", "remote")
     lines: list[str] = []
     load = Load(batch=4, prompt=100, tokens=6, repeat=2)
     row = bench_serve("hash", "fp32", None, load, PEAKS, lines.append)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from decode_svc.fetch import Fetcher
 from engine.core import CoreSettings, EngineCore
 from engine.errors import StaleAttempt
 from engine.generation import GenerateTask, PrefillTask
@@ -22,6 +23,8 @@ from engine.model.hash_model import HashModel, HashTokenizer
 from engine.outputs import Output, PagesComing, Reserved, TokenOutput
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Cancel, Landed, ReadsEnded, SchedulerLimits
+from engine.serving import leases
+from engine.serving.leases import Leases
 from kernels.layout import read_tokens
 from kvstore import landing
 from kvstore.landing import Landing, LandingError, PageBook
@@ -31,10 +34,9 @@ from kvstore.page import Commit, PageFrame, PageIdentity, digest_of
 from kvstore.prefix_hash import PrefixHasher
 from kvstore.shared_pool import SharedPool
 from kvstore.transports import PageSource, StreamTransport, receive, shm
-from prefill_svc import handovers
 from prefill_svc.export import Export
-from prefill_svc.handovers import Handovers
 from tests.integration.cluster import running
+from tests.integration.reuse import answer, counted, published
 
 PAGE = 16
 OWNER = b"o" * 16
@@ -188,10 +190,10 @@ async def a_reference_to_a_slot_that_was_given_away_is_noticed(
 
 async def a_late_release_of_an_old_attempt_frees_nothing(_: str, __: pytest.MonkeyPatch) -> None:
     freed: list[int] = []
-    table, request = Handovers(10.0, lambda: 0.0), bytes(16)
+    table, request = Leases(10.0, lambda: 0.0), bytes(16)
     for attempt in (1, 2):
         table.begin(request, attempt, lambda attempt=attempt: freed.append(attempt))
-    table.committed(request, 2)
+    table.granted(request, 2)
     with suppress(StaleAttempt):
         table.release(request, 1)
     assert freed == [1]
@@ -262,6 +264,28 @@ async def nothing_of_what_a_slot_held_before_leaves_with_a_page(
         assert not kind[:, :, last.num_tokens :].any()
 
 
+async def what_was_read_after_its_lease_is_not_used(
+    redis_url: str, patch: pytest.MonkeyPatch
+) -> None:
+    """The reader was stopped in between: everything arrived in order, but nobody vouches for it."""
+    ends = {"num_prefill": 0, "num_decode": 2, "decode": {"prefill": "pull"}}
+    async with running(redis_url, **ends) as cluster:
+        owner, reader = cluster.decode
+        expected = await answer(owner)
+        await published(owner, to=reader)
+        fetcher = reader.worker._desk._fetcher  # type: ignore[attr-defined]
+        read, clock, late = fetcher._read, fetcher._clock, [0.0]
+
+        async def stopped(*arguments: object) -> object:
+            late[0] = 3600.0
+            return await read(*arguments)
+
+        patch.setattr(fetcher, "_clock", lambda: clock() + late[0])
+        patch.setattr(fetcher, "_read", stopped)
+        assert await answer(reader) == expected
+        assert counted(reader, "pulls") == {"lease_over": 1}
+
+
 Scenario = Callable[[str, pytest.MonkeyPatch], Awaitable[None]]
 
 
@@ -294,7 +318,10 @@ GUARDS = {
         shm, "check_generation", passes, a_reference_to_a_slot_that_was_given_away_is_noticed
     ),
     "attempt": Guard(
-        handovers, "check_attempt", passes, a_late_release_of_an_old_attempt_frees_nothing
+        leases, "check_attempt", passes, a_late_release_of_an_old_attempt_frees_nothing
+    ),
+    "lease after the read": Guard(
+        Fetcher, "_check_still_leased", passes, what_was_read_after_its_lease_is_not_used
     ),
     "reader count": Guard(
         PageRecord, "held", held_without("num_readers"), bytes_do_not_change_under_a_reader

@@ -8,10 +8,10 @@ from typing import Any
 from unittest.mock import patch
 
 from engine.mailbox import AsyncEngine
+from engine.serving.leases import Leases
 from kvstore import landing, memory
 from kvstore.ledger import PageRecord
 from kvstore.pool import PagePool
-from prefill_svc.handovers import Handovers
 
 
 def _held_without(*names: str) -> Any:
@@ -29,19 +29,19 @@ def _no_digest(*_: object) -> bytes:
 
 
 def _any_attempt(
-    handovers: Handovers, request_id: bytes, attempt: int, cancel: Callable[[], None]
+    handovers: Leases, request_id: bytes, attempt: int, cancel: Callable[[], None]
 ) -> None:
     handovers._current.pop(request_id, None)
     _begin(handovers, request_id, attempt, cancel)
 
 
-_begin = Handovers.begin
+_begin = Leases.begin
 
 PLANTED: dict[str, list[Any]] = {
     "a page is freed under its reader": [_held_without("num_readers")],
     "a page is freed under its writer": [_held_without("num_writers")],
-    "a lease never runs out": [patch.object(Handovers, "expire", lambda handovers: 0)],
-    "an older attempt is let in": [patch.object(Handovers, "begin", _any_attempt)],
+    "a lease never runs out": [patch.object(Leases, "expire", lambda handovers: 0)],
+    "an older attempt is let in": [patch.object(Leases, "begin", _any_attempt)],
     "no digest is compared": [
         patch.object(landing, "group_digest", _no_digest),
         patch.object(memory, "group_digest", _no_digest),
@@ -50,7 +50,7 @@ PLANTED: dict[str, list[Any]] = {
         patch.object(AsyncEngine, "_give_back", lambda engine, outputs: None)
     ],
     "an abandoned prompt keeps its entry": [
-        patch.object(Handovers, "abandon", lambda handovers, request_id, attempt: None)
+        patch.object(Leases, "abandon", lambda handovers, request_id, attempt: None)
     ],
     "a page in use is taken for idle": [
         patch.object(PagePool, "num_idle_among", lambda pool, slots: 0)

@@ -19,10 +19,10 @@ import xxhash
 
 from engine.completion import Finished
 from engine.core import EngineCore
+from engine.serving.leases import Leases
 from kvstore import memory as memory_module
 from kvstore.ledger import PageState
 from kvstore.swap import MemoryRoom
-from prefill_svc.handovers import Handovers
 from tests.simulation.chance import Chance
 from tests.simulation.client import answer_to, problems_of
 from tests.simulation.errors_logged import errors_logged
@@ -108,13 +108,13 @@ class _World:
     def _wired(self) -> Iterator[None]:
         """Lets the patched parts find this world."""
         setup = self.scenario.setup
-        expire, read = Handovers.expire, MemoryRoom.read
+        expire, read = Leases.expire, MemoryRoom.read
         damage = {
             fault.call: fault.bit for fault in self.scenario.faults if fault.kind == "bad_swap"
         }
         num_reads = itertools.count()
 
-        def noted_expire(handovers: Handovers) -> int:
+        def noted_expire(handovers: Leases) -> int:
             num_over = expire(handovers)
             if num_over:
                 self.result.reached.add("a lease ran out")
@@ -133,7 +133,7 @@ class _World:
             patch.object(VirtualEngineWorker, "stepped", self._stepped, create=True),
             patch.object(VirtualEngineWorker, "broke", self._broke, create=True),
             patch.object(grpc.aio, "insecure_channel", self._network.open_channel),
-            patch.object(Handovers, "expire", noted_expire),
+            patch.object(Leases, "expire", noted_expire),
             patch.object(memory_module, "MAX_GROUP_BYTES", PAGE_BYTES // setup.num_layer_groups),
         ):
             yield

@@ -32,6 +32,7 @@ PURE = (
     "engine.scheduler",
     "engine.recording",
     "engine.swapping",
+    "engine.lending",
     "engine.sequence",
     "engine.errors",
     "engine.lifecycle",
@@ -44,6 +45,8 @@ PURE = (
     "engine.completion",
     "engine.state",
     "engine.cli.main",
+    "decode_svc.choose",
+    "decode_svc.decider",
 )
 
 
@@ -78,15 +81,18 @@ def test_protobuf_stays_where_bytes_cross() -> None:
     }
     assert users == {
         "decode_svc/__main__.py",
+        "decode_svc/fetch.py",
         "decode_svc/intake.py",
         "decode_svc/servicer.py",
         "engine/cli/pages.py",
         "engine/decode_channels.py",
         "engine/remote.py",
         "engine/serving/admin.py",
+        "engine/serving/pages.py",
         "engine/serving/worker.py",
         "engine/wire.py",
         "kvstore/transports/grpc_wire.py",
+        "kvstore/transports/lease_wire.py",
         "prefill_svc/__main__.py",
         "prefill_svc/servicer.py",
     }

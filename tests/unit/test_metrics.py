@@ -20,7 +20,7 @@ def server() -> Iterator[MetricsServer]:
     metrics.watch(lambda: Load(2, 3, {"free": 7, "sealed": 1}, {"step_rows": 12}))
     with metrics.counted():
         pass
-    metrics.handover_bytes.inc(4096)
+    metrics.handover_bytes.labels("shm").inc(4096)
     usage = Usage(prompt_tokens=10, output_tokens=4, cached_tokens=6, preemptions=1)
     timings = Timings(queue_s=0.02, prefill_s=0.1, first_token_s=0.2, total_s=1.0)
     metrics.see(Delta(0, 0, (1, 2, 3, 4), "text"))
@@ -43,7 +43,7 @@ def test_what_was_counted_is_shown(server: MetricsServer) -> None:
     assert shown["quire_output_tokens_total"] == 4
     assert shown["quire_step_rows_total"] == 12
     assert shown["quire_time_per_output_token_seconds_sum"] == pytest.approx(0.8 / 3)
-    assert shown["quire_handover_bytes_total"] == 4096
+    assert shown['quire_handover_bytes_total{transport="shm"}'] == 4096
     assert shown["quire_prefix_hit_tokens_total"] == 6
     assert shown["quire_preemptions_total"] == 1
     assert shown["quire_time_to_first_token_seconds_sum"] == pytest.approx(0.2)

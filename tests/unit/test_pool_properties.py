@@ -95,6 +95,17 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.lease(slots, owner)
         self.leased[owner] = self.owned.pop(owner)
 
+    @rule(data=st.data())
+    def hold_a_match(self, data: st.DataObject) -> None:
+        """Another worker's lease on cached pages, whoever owns them."""
+        names = [name for name in self.content.values() if name]
+        if not names:
+            return
+        slots = self.pool.match([data.draw(st.sampled_from(names))])
+        self.owners += 1
+        self.pool.hold(slots, f"r{self.owners}")
+        self.leased[f"r{self.owners}"] = slots
+
     @precondition(lambda self: self.leased)
     @rule(data=st.data())
     def end_lease(self, data: st.DataObject) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from decode_svc.choose import choose_prefill
 from decode_svc.reader import Reader
-from decode_svc.workers import AVOID_S, KEEP_S, PrefillWorkers
+from decode_svc.workers import AVOID_S, KEEP_S, KnownWorkers
 from kvstore.fingerprint import LayoutFingerprint
 from kvstore.index import IndexUnavailable, WorkerLoad, WorkerRecord, WorkerRole
 from kvstore.index.memory import MemoryPageIndex
@@ -91,7 +91,7 @@ def test_other_roles_and_draining_workers_are_not_chosen(change: dict[str, str])
 
 async def test_a_silent_index_leaves_the_last_list_in_use_for_good() -> None:
     index, clock = Index(), Clock()
-    workers = PrefillWorkers(index, OURS, clock)
+    workers = KnownWorkers(index, OURS, clock)
     index.listed = [worker("a")]
     await workers.refresh()
     index.listed = None
@@ -102,7 +102,7 @@ async def test_a_silent_index_leaves_the_last_list_in_use_for_good() -> None:
 
 async def test_a_worker_that_registered_since_the_last_look_is_found() -> None:
     index = Index()
-    workers = PrefillWorkers(index, OURS, Clock())
+    workers = KnownWorkers(index, OURS, Clock())
     await workers.refresh()
     assert await workers.find() is None
     index.listed = [worker("a")]
@@ -112,7 +112,7 @@ async def test_a_worker_that_registered_since_the_last_look_is_found() -> None:
 
 async def test_while_a_worker_is_known_finding_one_asks_the_index_nothing() -> None:
     index = Index()
-    workers = PrefillWorkers(index, OURS, Clock())
+    workers = KnownWorkers(index, OURS, Clock())
     index.listed = [worker("a")]
     await workers.refresh()
     index.listed = [worker("b")]
@@ -121,7 +121,7 @@ async def test_while_a_worker_is_known_finding_one_asks_the_index_nothing() -> N
 
 async def test_an_index_restarted_empty_is_not_believed_at_once() -> None:
     index, clock = Index(), Clock()
-    workers = PrefillWorkers(index, OURS, clock)
+    workers = KnownWorkers(index, OURS, clock)
     index.listed = [worker("a")]
     await workers.refresh()
     index.listed = []
@@ -134,7 +134,7 @@ async def test_an_index_restarted_empty_is_not_believed_at_once() -> None:
 
 async def test_a_worker_that_failed_is_left_alone_for_a_while() -> None:
     index, clock = Index(), Clock()
-    workers = PrefillWorkers(index, OURS, clock)
+    workers = KnownWorkers(index, OURS, clock)
     index.listed = [worker("a"), worker("b", queued=9)]
     await workers.refresh()
     workers.failed(worker("a"))
@@ -143,9 +143,21 @@ async def test_a_worker_that_failed_is_left_alone_for_a_while() -> None:
     assert workers.choose() == worker("a")
 
 
+async def test_prompts_that_come_at_once_do_not_all_go_to_the_worker_that_was_idle() -> None:
+    index = Index()
+    workers = KnownWorkers(index, OURS, Clock())
+    index.listed = [worker("a"), worker("b", queued=99)]
+    await workers.refresh()
+    with workers.sending(worker("a"), 60):
+        assert workers.choose() == worker("a", queued=60)
+        with workers.sending(worker("a"), 60):
+            assert workers.choose() == worker("b", queued=99)
+    assert workers.choose() == worker("a")
+
+
 async def test_a_worker_whose_endpoint_another_one_has_taken_is_forgotten_at_once() -> None:
     index = Index()
-    workers = PrefillWorkers(index, OURS, Clock())
+    workers = KnownWorkers(index, OURS, Clock())
     dead, bystander = worker("a"), worker("c", queued=9)
     heir = replace(worker("b", queued=5), endpoint=dead.endpoint)
     index.listed = [dead, bystander]
@@ -159,7 +171,7 @@ async def test_a_worker_whose_endpoint_another_one_has_taken_is_forgotten_at_onc
 
 async def test_a_worker_restarted_at_its_endpoint_gets_a_channel_of_its_own() -> None:
     index = Index()
-    workers = PrefillWorkers(index, OURS, Clock())
+    workers = KnownWorkers(index, OURS, Clock())
     dead = worker("a")
     heir = replace(worker("b"), endpoint=dead.endpoint)
     index.listed = [dead]
@@ -176,7 +188,7 @@ async def test_a_worker_restarted_at_its_endpoint_gets_a_channel_of_its_own() ->
 
 async def test_what_speaks_against_each_worker_is_told() -> None:
     index = Index()
-    workers = PrefillWorkers(index, OURS, Clock())
+    workers = KnownWorkers(index, OURS, Clock())
     assert workers.standing() == "none known"
     strange = worker("c", layout=replace(LAYOUT, head_dim=128))
     index.listed = [worker("a"), replace(worker("b"), state="draining"), strange]

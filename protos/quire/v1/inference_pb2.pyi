@@ -565,7 +565,9 @@ class Usage(_message.Message):
     cached_tokens: _builtins.int
     """Tokens of the prompt, and of a resumed output, found in this decode service's prefix cache."""
     handed_over_tokens: _builtins.int
-    """Tokens of the prompt, and of a resumed output, whose pages came from a prefill service."""
+    """Tokens of the prompt, and of a resumed output, whose pages came from another worker: a prefill
+    service, or a cache.
+    """
     preemptions: _builtins.int
     """How often a choice lost its pages to others and was recomputed."""
     resumed_tokens: _builtins.int
@@ -632,7 +634,7 @@ class GenerateFinished(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     PREFILLED_FIELD_NUMBER: _builtins.int
     prefilled: _builtins.str
-    """Where the prompt was computed: "remote", "local" or "cached"."""
+    """Where the prompt's pages came from: "remote", computed here ("local"), or "cached" here."""
     @_builtins.property
     def usage(self) -> Global___Usage:
         """Counts."""

@@ -1,4 +1,4 @@
-"""Handovers of this worker: the current attempt of each request, and the leases left to end."""
+"""Leases on this worker's pages: the current attempt of each request, and what is left to end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def sequence_name(request_id: bytes, attempt: int) -> str:
 
 
 @dataclass(slots=True)
-class _Handover:
+class _Lease:
     attempt: int
     cancel: Callable[[], None]
     expires: float | None = None
@@ -27,17 +27,17 @@ def check_attempt(attempt: int, oldest: int) -> None:
         raise StaleAttempt(f"attempt {attempt} is stale: {oldest} is the first that may be")
 
 
-class Handovers:
+class Leases:
     """One entry per request; a newer attempt ends an older one, an older one has no effect.
 
-    After the commit the pages stay leased until ``release`` or for ``lease_s`` seconds of this
-    process's own monotonic clock.
+    Once granted, pages stay leased until ``release`` or for ``lease_s`` seconds of this process's
+    own monotonic clock.
     """
 
     def __init__(self, lease_s: float, clock: Callable[[], float]) -> None:
         self.lease_s = lease_s
         self._clock = clock
-        self._current: dict[bytes, _Handover] = {}
+        self._current: dict[bytes, _Lease] = {}
         self._none = asyncio.Event()
         self._none.set()
 
@@ -57,17 +57,17 @@ class Handovers:
         if known is not None:
             check_attempt(attempt, known.attempt + 1)
             known.cancel()
-        self._current[request_id] = _Handover(attempt, cancel)
+        self._current[request_id] = _Lease(attempt, cancel)
         self._none.clear()
 
-    def committed(self, request_id: bytes, attempt: int) -> None:
-        """Everything was sent: the lease's time begins."""
+    def granted(self, request_id: bytes, attempt: int) -> None:
+        """Everything is sent, or ready to be read: the lease's time begins."""
         known = self._current.get(request_id)
         if known is not None and known.attempt == attempt:
             known.expires = self._clock() + self.lease_s
 
     def abandon(self, request_id: bytes, attempt: int) -> None:
-        """The attempt ended without a commit; its pages are freed elsewhere."""
+        """The attempt ended before its lease began; its pages are freed elsewhere."""
         known = self._current.get(request_id)
         if known is not None and known.attempt == attempt and known.expires is None:
             self._remove(request_id)
@@ -81,6 +81,14 @@ class Handovers:
         self._remove(request_id)
         known.cancel()
         return True
+
+    def holds(self, request_id: bytes, attempt: int) -> bool:
+        """Whether the attempt's lease lasts at this moment. Raises StaleAttempt."""
+        known = self._current.get(request_id)
+        if known is None or known.expires is None:
+            return False
+        check_attempt(attempt, known.attempt)
+        return known.attempt == attempt and known.expires > self._clock()
 
     def expire(self) -> int:
         """Ends leases whose time is over; returns how many."""

@@ -1,0 +1,20 @@
+"""What is wanted: the pages of one prompt, before a deadline."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The prompt whose pages are wanted, and until when on this process's monotonic clock."""
+
+    request_id: bytes
+    prompt_ids: tuple[int, ...]
+    tenant: str
+    deadline: float
+
+    @property
+    def remaining_s(self) -> float:
+        return max(self.deadline - time.monotonic(), 0.001)
