@@ -157,6 +157,7 @@ class Worker(ABC):
         self.state = "draining"
         if self._registration is not None and not self.broken:  # a broken engine answers nobody
             await self._registration.beat()
+            await self.page_leases.wait_ended()
 
     def hand_back(self) -> None:
         self.engine.end_all(ShuttingDown("the service ends; another one may go on"))

@@ -221,6 +221,17 @@ async def test_beyond_its_limit_of_leases_a_worker_refuses(
     await release(stub)
 
 
+async def test_a_drain_waits_for_the_readers_of_cached_pages(owner: Node, stub: Stub) -> None:
+    await stub.LeasePages(lease_request(owner))
+    draining = asyncio.create_task(owner.worker.drain(60.0))
+    await until(lambda: owner.worker.state == "draining")
+    *_, last = await read(stub)
+    assert last.HasField("commit")
+    assert not draining.done()
+    await release(stub)
+    await draining
+
+
 async def test_a_draining_worker_grants_no_more_leases(owner: Node, stub: Stub) -> None:
     owner.worker.state = "draining"
     assert await code_of(stub.LeasePages(lease_request(owner))) is grpc.StatusCode.UNAVAILABLE

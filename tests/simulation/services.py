@@ -287,6 +287,7 @@ class Service:
             pool_tokens=tokens,
             swap_bytes=setup.swap_pages * PAGE_BYTES,
             handover_idle_s=setup.handover_idle_s,
+            prefill="remote",  # which way is fastest is no matter here
             **common,
         )
 
