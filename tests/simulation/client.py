@@ -41,7 +41,7 @@ async def answer_to(ask: Ask, endpoints: Sequence[str]) -> Answer:
 def problems_of(ask: Ask, answer: Answer, faults: Sequence[Fault]) -> Iterator[str]:
     """Every stream is a prefix of the right one, all of it if it ended well, and fails only for a
     reason."""
-    if answer.error is not None and not _excused(answer.error, ask, faults):
+    if answer.error is not None and not _excused(answer, ask, faults):
         yield f"failed: {answer.end}: {answer.error}"
     for choice, found in answer.tokens.items():
         expected, reason = expected_tokens(ask, choice)
@@ -73,11 +73,12 @@ async def _read(ask: Ask, endpoints: Sequence[str], answer: Answer) -> None:
         await client.close()
 
 
-def _excused(error: QuireError, ask: Ask, faults: Sequence[Fault]) -> bool:
-    """Whether a request may fail this way among these faults; wrong tokens are never excused."""
-    match error:
+def _excused(answer: Answer, ask: Ask, faults: Sequence[Fault]) -> bool:
+    """Whether a request may fail this way among these faults; wrong tokens are never excused, and
+    a stream that has begun goes on elsewhere."""
+    match answer.error:
         case PeerUnavailable():
-            return any(
+            return not any(answer.tokens.values()) and any(
                 (fault.kind == "crash" and fault.node.startswith("decode"))
                 or (fault.kind == "cut" and fault.node == "generate")
                 for fault in faults
