@@ -325,7 +325,8 @@ async def test_of_two_workers_that_claim_one_identity_one_is_listed_and_no_token
     from engine.serving import worker
 
     monkeypatch.setattr(worker.secrets, "token_bytes", lambda count: b"\x11" * count)
-    async with running(redis_url, num_prefill=2, num_decode=0) as cluster:
+    # The name of a shared pool's socket would be the same one too.
+    async with running(redis_url, num_prefill=2, num_decode=0, transports=("grpc",)) as cluster:
         monkeypatch.undo()
         index = cluster.prefill[0].worker.index
 
