@@ -8,13 +8,14 @@ TORCH := "torch==2.13.*" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
 NATIVE := $(shell find kernels/csrc -type f 2>/dev/null) CMakeLists.txt pyproject.toml
 RUN := QUIRE_STATE_DIR=$(CURDIR)/.quire $(BIN)/quire
-PYTEST := $(BIN)/python -m pytest
+# Two at a time, the tests of a file by one: they wait for other processes more than they compute.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help gen check test test-all sanitize soak bench demo clean install install-test
 
 help:
 	@echo "make demo      install, then a real answer from a prefill and a decode service, with its trace"
-	@echo "make test      install, check style and types, run the tests (about 10 minutes on 2 cores)"
+	@echo "make test      install, check style and types, run the tests (15 minutes at most on 2 cores)"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make sanitize  the kernels' tests with the address and undefined-behaviour sanitizers"
 	@echo "make soak      real processes under random faults for SOAK_MINUTES (10), from SOAK_SEED (1)"
