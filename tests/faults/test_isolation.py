@@ -61,7 +61,10 @@ async def test_processes_whose_clocks_began_at_other_times_understand_each_other
         worker.kill()
 
 
-@pytest.mark.parametrize("way", ["to_server", "to_client", "both"])
+ONE_WAY = [pytest.param(way, marks=pytest.mark.slow) for way in ("to_server", "to_client")]
+
+
+@pytest.mark.parametrize("way", [*ONE_WAY, "both"])
 async def test_a_client_and_a_decode_worker_cut_off_from_each_other_both_know_it_in_seconds(
     fleet: Fleet, truth: Truth, way: str
 ) -> None:

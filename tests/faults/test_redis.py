@@ -158,6 +158,7 @@ async def test_a_redis_flushed_again_and_again_sends_no_request_astray(
     await all_registered(fleet, fleet.server, REGISTER_AGAIN_S)
 
 
+@pytest.mark.slow
 async def test_a_failover_that_loses_writes_brings_nobody_back_for_longer_than_his_time_to_live(
     fleet: Fleet, truth: Truth, tmp_path: Path
 ) -> None:

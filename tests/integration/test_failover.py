@@ -76,7 +76,13 @@ def check_same(found: list[StreamItem], expected: list[StreamItem], params: Samp
     assert whole[0].usage.output_tokens == other[0].usage.output_tokens
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("sampled", "stop strings in the middle")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
+)
 async def test_cut_at_every_token_index_a_stream_goes_on_as_unbroken(
     redis_url: str, kind: str, hold: Hold
 ) -> None:

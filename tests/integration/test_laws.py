@@ -291,9 +291,10 @@ async def test_law_9_a_recorded_run_replays_to_the_same_plans(
         await anext(stream)
         await stream.aclose()
         await cluster.balanced()
-    for file in files:
+    # Prompts that come together share a step of the prefill service; every token has one of decode.
+    for file, fewest in zip(files, (1, 30), strict=True):
         answers = list(replay(file))
         assert not any(answers)
-        assert len(answers) > 20
+        assert len(answers) >= fewest
     assert '"Landed"' in files[1].read_text()
     assert '"ReadsEnded"' in files[0].read_text()
