@@ -20,7 +20,7 @@ from decode_svc.wanted import Wanted
 from decode_svc.workers import KnownWorkers
 from engine.core import EngineCore
 from engine.lifecycle import Lifecycle
-from engine.scheduler import Reservation
+from engine.plan import Reservation
 from engine.telemetry.logs import fields
 from engine.telemetry.metrics import Metrics
 from engine.telemetry.tracing import stage_span

@@ -29,7 +29,7 @@ from decode_svc.workers import KnownWorkers
 from engine.lifecycle import Lifecycle
 from engine.mailbox import AsyncEngine
 from engine.outputs import Reserved
-from engine.scheduler import Landed, Reservation
+from engine.plan import Landed, Reservation
 from engine.telemetry.clock import now_ns
 from engine.telemetry.group_spans import GroupSpans
 from engine.telemetry.logs import fields

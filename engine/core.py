@@ -34,19 +34,18 @@ from engine.outputs import (
     Reserved,
     StepStats,
 )
-from engine.recording import RecordedScheduler
-from engine.scheduler import (
+from engine.plan import (
     Cancel,
     Event,
     Fault,
     FinishedPage,
     Outcome,
     PlannedRows,
-    Scheduler,
-    SchedulerLimits,
     StepPlan,
     Submit,
 )
+from engine.recording import RecordedScheduler
+from engine.scheduler import Scheduler, SchedulerLimits
 from engine.sequence import Goal
 from engine.swapper import Swapper
 from engine.telemetry.clock import now_ns

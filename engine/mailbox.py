@@ -10,7 +10,7 @@ from typing import TypeVar
 from engine.core import EngineCore, Task
 from engine.errors import EngineStopped, QuireError, ResourceExhausted
 from engine.outputs import Failed, Output, PagesComing, Reserved
-from engine.scheduler import Landed, ReadsEnded
+from engine.plan import Landed, ReadsEnded
 from engine.worker import EngineWorker
 from kvstore.memory import PageDigests
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from engine.errors import QuireError
 from engine.finish import FinishReason
-from engine.scheduler import Reservation
+from engine.plan import Reservation
 from kvstore.page import PageIdentity
 
 

@@ -15,14 +15,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from engine.scheduler import (
-    Event,
-    Outcome,
-    Scheduler,
-    SchedulerLimits,
-    StepEffects,
-    StepPlan,
-)
+from engine.plan import Event, Outcome, StepEffects, StepPlan
+from engine.scheduler import Scheduler, SchedulerLimits
 from kvstore.pool import PagePool
 from kvstore.prefix_hash import PrefixHasher
 

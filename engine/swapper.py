@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from engine.outputs import StepStats
-from engine.scheduler import Event, Landed, Measured, StepPlan
+from engine.plan import Event, Landed, Measured, StepPlan
 from engine.swapping import Rates, SwapIn, smoothed
 from engine.telemetry.clock import now_ns
 from kvstore.memory import PageMemory

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from engine.core import EngineCore, Task
 from engine.outputs import Output
-from engine.scheduler import Cancel, Event
+from engine.plan import Cancel, Event
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from engine.lifecycle import Lifecycle
 from engine.mailbox import AsyncEngine, Mailbox
 from engine.outputs import Admitted, ChunkDone, Output, PagesComing, Prefilled
-from engine.scheduler import ReadsEnded
+from engine.plan import ReadsEnded
 from engine.telemetry.clock import now_ns
 from engine.telemetry.group_spans import GroupSpans
 from engine.telemetry.tracing import current_context, record_stage

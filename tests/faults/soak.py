@@ -31,10 +31,8 @@ from tests.faults.truth import Truth
 PATIENT_S, HURRIED_S = 30.0, 0.3
 NUM_CALLERS = 6
 TELL_EVERY_S = 30.0
-# What a fault may do to a request. A stream whose decode worker dies ends as PeerUnavailable; where
-# the client continues it elsewhere, take that name out.
+# What a fault may do to a request. A stream whose decode worker dies goes on at another one.
 EXPLAINED = {
-    "PeerUnavailable",
     "DeadlineExceeded",
     "ResourceExhausted",
     "ShuttingDown",

@@ -12,9 +12,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from engine.errors import PeerUnavailable, ShuttingDown
 from engine.local import AsyncLocalEngine
 from engine.outputs import Reserved
+from engine.plan import Landed
 from engine.request import Request
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Landed
 from engine.serving import server as serving
 from engine.serving import worker as worker_module
 from engine.serving.status import from_rpc_error

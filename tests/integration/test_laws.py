@@ -19,9 +19,9 @@ from engine.core import ragged_batch
 from engine.errors import EngineFault
 from engine.local import AsyncLocalEngine
 from engine.model.load import LoadedModel, load_model
+from engine.plan import PlannedRows
 from engine.recording import replay
 from engine.sampling_params import SamplingParams
-from engine.scheduler import PlannedRows
 from kernels.ragged import RaggedBatch
 from kernels.threads import configured_threads, set_num_threads
 from kvstore.memory import PageMemory

@@ -21,8 +21,9 @@ from engine.generation import GenerateTask, PrefillTask
 from engine.local import AsyncLocalEngine
 from engine.model.hash_model import HashModel, HashTokenizer
 from engine.outputs import Output, PagesComing, Reserved, TokenOutput
+from engine.plan import Cancel, Landed, ReadsEnded
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Cancel, Landed, ReadsEnded, SchedulerLimits
+from engine.scheduler import SchedulerLimits
 from engine.serving import leases
 from engine.serving.leases import Leases
 from kernels.layout import read_tokens

@@ -29,6 +29,7 @@ PURE = (
     "kvstore.page",
     "kvstore.index",
     "engine.audit",
+    "engine.plan",
     "engine.scheduler",
     "engine.recording",
     "engine.swapping",

@@ -8,7 +8,8 @@ import pytest
 
 from engine.audit import Holders, broken_laws, orphans, snapshot
 from engine.cli import page_audit
-from engine.scheduler import Cancel, Landed, Outcome, Scheduler, SchedulerLimits, Submit
+from engine.plan import Cancel, Landed, Outcome, Submit
+from engine.scheduler import Scheduler, SchedulerLimits
 from engine.sequence import Goal
 from kvstore.index import PageEntry
 from kvstore.pool import PagePool

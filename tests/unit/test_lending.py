@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from engine.lending import Grant, Lend
-from engine.scheduler import Cancel, Outcome, Scheduler, SchedulerLimits, StepPlan, Submit
+from engine.plan import Cancel, Outcome, StepPlan, Submit
+from engine.scheduler import Scheduler, SchedulerLimits
 from engine.sequence import Goal
 from kvstore.ledger import PageState
 from kvstore.pool import PagePool

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 from engine.cli.main import main
-from engine.recording import RecordedScheduler, RecordingError, replay
-from engine.scheduler import (
+from engine.plan import (
     Cancel,
     Event,
     Landed,
     Outcome,
     ReadsEnded,
-    SchedulerLimits,
     StepPlan,
     Submit,
 )
+from engine.recording import RecordedScheduler, RecordingError, replay
+from engine.scheduler import SchedulerLimits
 from engine.sequence import Goal
 from kvstore.pool import PagePool
 

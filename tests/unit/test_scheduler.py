@@ -7,17 +7,16 @@ from collections import defaultdict
 
 import pytest
 
-from engine.scheduler import (
+from engine.plan import (
     Cancel,
     Event,
     Landed,
     Outcome,
     ReadsEnded,
-    Scheduler,
-    SchedulerLimits,
     StepPlan,
     Submit,
 )
+from engine.scheduler import Scheduler, SchedulerLimits
 from engine.sequence import Goal
 from kvstore.ledger import PageState
 from kvstore.pool import PagePool

@@ -13,18 +13,17 @@ from engine.core import CoreSettings, EngineCore
 from engine.generation import GenerateTask
 from engine.model.load import LoadedModel, load_model
 from engine.outputs import Output, Preempted, TokenOutput
-from engine.sampling_params import SamplingParams
-from engine.scheduler import (
+from engine.plan import (
     Cancel,
     Event,
     Landed,
     Measured,
     Outcome,
-    Scheduler,
-    SchedulerLimits,
     StepPlan,
     Submit,
 )
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler, SchedulerLimits
 from engine.sequence import Goal
 from engine.swapping import Rates, SwapLedger, smoothed
 from kvstore.pool import PagePool
