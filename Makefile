@@ -8,9 +8,8 @@ TORCH := "torch==2.13.*" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
 NATIVE := $(shell find kernels/csrc -type f 2>/dev/null) CMakeLists.txt pyproject.toml
 RUN := QUIRE_STATE_DIR=$(CURDIR)/.quire $(BIN)/quire
-# Two at a time, the tests of a file by one: they wait for other processes more than they compute. In
-# order of folders, so that the long ones come first and the short ones fill what is left.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two at a time, the tests of a file by one: they wait for other processes more than they compute.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help gen check test test-all sanitize soak bench demo clean install install-test
 
