@@ -17,8 +17,8 @@ from engine.remote import AsyncRemoteEngine
 from engine.sampling_params import SamplingParams
 from kernels.layout import PageLayout
 from kernels.ragged import RaggedBatch
+from tests.faults.link import Link
 from tests.integration.cluster import Node, running, until
-from tests.integration.cut_proxy import CutProxy
 from tests.integration.streams import KINDS, PROMPT, collected, deltas_of, essence
 
 LONG = SamplingParams(temperature=1.0, seed=2, ignore_eos=True, max_tokens=60)
@@ -76,6 +76,10 @@ def check_same(found: list[StreamItem], expected: list[StreamItem], params: Samp
     assert whole[0].usage.output_tokens == other[0].usage.output_tokens
 
 
+def link_to(node: Node) -> Link:
+    return Link(int(node.endpoint.rpartition(":")[2]))
+
+
 QUICK = ("sampled", "stop strings in the middle")
 
 
@@ -91,7 +95,7 @@ async def test_cut_at_every_token_index_a_stream_goes_on_as_unbroken(
     expected = await unbroken(params)
     async with running(redis_url, num_decode=2) as cluster:
         doomed, heir = cluster.decode
-        async with CutProxy(doomed.endpoint) as proxy:
+        async with link_to(doomed) as proxy:
             for cut in range(len(expected) - 1):
                 hold.after = [cut]
                 async with AsyncRemoteEngine([proxy.endpoint, heir.endpoint], idle_s=30) as client:
@@ -99,7 +103,7 @@ async def test_cut_at_every_token_index_a_stream_goes_on_as_unbroken(
                     async for item in client.items(PROMPT, params):
                         found.append(item)
                         if len(found) == cut + 1:
-                            assert proxy.cut()
+                            await proxy.reset()
                 check_same(found, expected, params)
                 finished = found[-1]
                 assert isinstance(finished, Finished)
@@ -113,17 +117,16 @@ async def test_two_workers_lost_one_after_the_other_cost_a_stream_nothing(
     hold.after = [20, 15]
     async with running(redis_url, num_decode=3) as cluster:
         one, two, three = cluster.decode
-        async with CutProxy(one.endpoint) as first, CutProxy(two.endpoint) as second:
+        async with link_to(one) as first, link_to(two) as second:
             endpoints = [first.endpoint, second.endpoint, three.endpoint]
             async with AsyncRemoteEngine(endpoints, idle_s=30) as client:
                 found = []
                 async for item in client.items(PROMPT, LONG):
                     found.append(item)
                     if len(found) == 21:
-                        assert first.cut()
-                        first.refuses = True
+                        await first.refuse()
                     if len(found) == 36:
-                        assert second.cut()
+                        await second.reset()
         assert three.model.num_steps
     check_same(found, expected, LONG)
 
@@ -132,15 +135,14 @@ async def test_a_client_of_one_endpoint_learns_of_the_others(redis_url: str, hol
     expected = await unbroken(LONG)
     hold.after = [20]
     async with running(redis_url, num_decode=2) as cluster:
-        async with CutProxy(cluster.decode[0].endpoint) as proxy:
+        async with link_to(cluster.decode[0]) as proxy:
             async with AsyncRemoteEngine([proxy.endpoint], idle_s=30) as client:
                 found = []
                 async for item in client.items(PROMPT, LONG):
                     found.append(item)
                     if len(found) == 21:
                         await until(lambda: cluster.decode[1].endpoint in client._endpoints.known)
-                        proxy.refuses = True
-                        assert proxy.cut()
+                        await proxy.refuse()
     check_same(found, expected, LONG)
 
 
@@ -149,13 +151,12 @@ async def test_with_no_worker_left_the_caller_hears_why_the_stream_broke(
 ) -> None:
     hold.after = [20]
     async with running(redis_url) as cluster:
-        async with CutProxy(cluster.decode[0].endpoint) as proxy:
+        async with link_to(cluster.decode[0]) as proxy:
             async with AsyncRemoteEngine([proxy.endpoint], patience_s=0.2, idle_s=30) as client:
                 items = client.items(PROMPT, LONG)
                 found = [await anext(items) for _ in range(21)]
                 client._endpoints.learn = lambda endpoints: None  # type: ignore[method-assign]
-                proxy.refuses = True
-                assert proxy.cut()
+                await proxy.refuse()
                 with pytest.raises(PeerUnavailable, match="no worker continues the stream"):
                     await anext(items)
     assert [type(item) for item in found] == [Started] + [Delta] * 20
@@ -168,14 +169,13 @@ async def test_a_worker_of_other_numerics_does_not_continue_a_stream(
     async with running(redis_url, num_prefill=0, num_decode=2) as cluster:
         first, other = cluster.decode
         other.core.fingerprint = replace(other.core.fingerprint, numerics="hash/other/1")
-        async with CutProxy(first.endpoint) as proxy:
+        async with link_to(first) as proxy:
             endpoints = [proxy.endpoint, other.endpoint]
             async with AsyncRemoteEngine(endpoints, patience_s=0.2, idle_s=30) as client:
                 items = client.items(PROMPT, LONG)
                 for _ in range(21):
                     await anext(items)
-                proxy.refuses = True
-                assert proxy.cut()
+                await proxy.refuse()
                 digest = other.core.fingerprint.numerics_digest.hex()
                 with pytest.raises(PeerUnavailable, match=f"its numerics are {digest}, not "):
                     await anext(items)
@@ -238,7 +238,7 @@ async def test_a_full_worker_sends_its_requests_to_another(redis_url: str) -> No
 async def test_the_deadline_is_the_callers_over_all_workers(redis_url: str, hold: Hold) -> None:
     hold.after = [5, 5]
     async with running(redis_url, num_decode=2) as cluster:
-        async with CutProxy(cluster.decode[0].endpoint) as proxy:
+        async with link_to(cluster.decode[0]) as proxy:
             endpoints = [proxy.endpoint, cluster.decode[1].endpoint]
             loop = asyncio.get_running_loop()
             began = loop.time()
@@ -247,7 +247,7 @@ async def test_the_deadline_is_the_callers_over_all_workers(redis_url: str, hold
                 for _ in range(6):
                     await anext(items)
                 await asyncio.sleep(1.0)  # half of the time itself is what is tested
-                proxy.cut()
+                await proxy.reset()
                 with pytest.raises(DeadlineExceeded):
                     async for _ in items:
                         pass
