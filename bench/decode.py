@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
-from bench.limits import Workload, bytes_of, limit_ratio, workload_of
+from bench.limits import Workload, bytes_of, limit_ratios, workload_of
 from bench.load import PAGE_SIZE, Load, Report, Row
 from bench.machine import Machine
 from bench.options import add_batch, add_modes, count, counts, loads, open_models
@@ -115,6 +115,6 @@ def figures(samples: Sequence[Steady], batch: int, workload: Workload, peaks: Pe
         "tokens_per_s": batch / step_s,
         "step_s": step_s,
         "bytes_per_step": bytes_of(phases),
-        "limit_ratio": limit_ratio(phases, peaks, step_s),
+        **limit_ratios(phases, peaks, step_s),
         "outside_step": median(sample.outside for sample in samples),
     }

@@ -9,7 +9,7 @@ the ratio errs to the low side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.model import Model
@@ -34,6 +34,14 @@ class Phase:
 def limit_ratio(phases: Iterable[Phase], peaks: Peaks, took_s: float) -> float:
     """The share of ``took_s`` that the machine's limits allow for phases one after the other."""
     return sum(phase.allowed_s(peaks) for phase in phases) / took_s
+
+
+def limit_ratios(phases: Sequence[Phase], peaks: Peaks, took_s: float) -> dict[str, float]:
+    """``limit_ratio``, and, where the CPU has matrix tiles, that of its vectors alone beside it."""
+    ratios = {"limit_ratio": limit_ratio(phases, peaks, took_s)}
+    if peaks.int8_tiles_gops is not None:
+        ratios["of_vectors"] = limit_ratio(phases, peaks.of_vectors, took_s)
+    return ratios
 
 
 def bytes_of(phases: Iterable[Phase]) -> int:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
-from bench.limits import Workload, limit_ratio, workload_of
+from bench.limits import Workload, limit_ratios, workload_of
 from bench.load import PAGE_SIZE, Load, Report, Row
 from bench.machine import Machine
 from bench.options import add_batch, add_modes, counts, loads, open_models
@@ -63,8 +63,9 @@ async def bench_prefill(loaded: LoadedModel, load: Load, peaks: Peaks, report: R
 def figures(samples_s: Sequence[float], load: Load, workload: Workload, peaks: Peaks) -> Row:
     """The measured part of a row; ``samples_s`` are seconds for all prompts."""
     took_s = median(samples_s)
+    phases = [workload.prefill(load.batch, load.prompt)]
     return {
         "tokens_per_s": load.batch * load.prompt / took_s,
         "ops_per_token": round(workload.prefill_ops_per_token(load.prompt)),
-        "limit_ratio": limit_ratio([workload.prefill(load.batch, load.prompt)], peaks, took_s),
+        **limit_ratios(phases, peaks, took_s),
     }

@@ -2,8 +2,8 @@
 
 ``QUIRE_KERNELS`` names the back end (``reference``: torch; ``cpu``: the native module); without it,
 ``cpu`` where the native module was built, else ``reference``. ``QUIRE_ISA`` names the instruction
-set of the native kernels (``avx512_bf16``, ``avx512_vnni``, ``avx2_vnni``, ``avx2`` or
-``portable``); without it, the best this CPU has.
+set of the native kernels (``amx_int8``, ``avx512_bf16``, ``avx512_vnni``, ``avx2_vnni``, ``avx2``
+or ``portable``); without it, the best this CPU has.
 A choice that is not available raises; nothing falls back in silence.
 """
 
@@ -29,6 +29,9 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "sample": {"reference": "reference", "cpu": "cpu_kernel"},
     "silu_mul": {"reference": "reference", "cpu": "cpu_kernel"},
 }
+
+# Instruction sets whose products of bf16 take subnormal numbers for 0.
+PAIRS_OF_BF16 = ("amx_int8", "avx512_bf16")
 
 # Raised whenever a kernel's bits change, so that workers of different releases do not share pages.
 _REVISION = 2
@@ -90,7 +93,7 @@ def numerics_tag(weights: str) -> str:
     import torch
 
     torch_class = f"torch-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
-    pairs = backend() == "cpu" and weights == "bf16" and isa() == "avx512_bf16"
+    pairs = backend() == "cpu" and weights == "bf16" and isa() in PAIRS_OF_BF16
     return f"{backend()}-{_REVISION}{'-vdpbf16ps' if pairs else ''}/{torch_class}"
 
 

@@ -8,7 +8,7 @@ still be too low; a share above 1 shows that.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
 
@@ -23,8 +23,9 @@ _CACHES = ("SC_LEVEL2_CACHE_SIZE", "SC_LEVEL3_CACHE_SIZE", "SC_LEVEL4_CACHE_SIZE
 class Peaks:
     """Limits of ``threads`` threads together; a multiply-add counts as two operations.
 
-    ``bf16_gflops`` is None where the CPU has no bf16 dot products. ``*_by`` names what multiplies:
-    an instruction, or "portable" for plain C++ over arrays in the first cache.
+    ``int8_gops`` is that of vectors, ``int8_tiles_gops`` that of matrix tiles (AMX); it and
+    ``bf16_gflops`` are None where the CPU has none. ``*_by`` names what multiplies: an instruction,
+    or "portable" for plain C++ over arrays in the first cache.
     """
 
     threads: int
@@ -34,12 +35,20 @@ class Peaks:
     fp32_gflops: float
     int8_by: str
     fp32_by: str
+    int8_tiles_gops: float | None = None
 
     def gops(self, arithmetic: str) -> float:
         """The peak of "int8", "bf16" or "fp32"; bf16 can always be computed in fp32."""
         if arithmetic == "bf16" and self.bf16_gflops is not None:
             return max(self.bf16_gflops, self.fp32_gflops)
-        return self.int8_gops if arithmetic == "int8" else self.fp32_gflops
+        if arithmetic == "int8":
+            return max(self.int8_gops, self.int8_tiles_gops or 0.0)
+        return self.fp32_gflops
+
+    @property
+    def of_vectors(self) -> Peaks:
+        """The limits of a CPU without matrix tiles."""
+        return replace(self, int8_tiles_gops=None)
 
 
 def measure_peaks(threads: int, read_bytes: int | None = None, seconds: float = TRY_FOR_S) -> Peaks:
@@ -52,6 +61,7 @@ def measure_peaks(threads: int, read_bytes: int | None = None, seconds: float = 
     int8, int8_by = native.peak_ops("int8", threads, seconds)
     fp32, fp32_by = native.peak_ops("fp32", threads, seconds)
     bf16 = native.peak_ops("bf16", threads, seconds)
+    tiles = native.peak_ops("int8 tiles", threads, seconds)
     return Peaks(
         threads=threads,
         read_gbps=measure_read(threads, read_bytes, seconds),
@@ -60,6 +70,7 @@ def measure_peaks(threads: int, read_bytes: int | None = None, seconds: float = 
         fp32_gflops=fp32 / 1e9,
         int8_by=int8_by,
         fp32_by=fp32_by,
+        int8_tiles_gops=None if tiles is None else tiles[0] / 1e9,
     )
 
 

@@ -75,7 +75,7 @@ void linear(Array x, const HeldMatrix& weight, std::optional<Array> bias, Array 
                         buffer.of(w, rows)};
     const Linear args{w, pack.out, bias ? data<float>(*bias, "bias", {w.outputs}) : nullptr,
                       data<float>(out, "out", {rows, w.outputs}), false, rows, w.outputs, 48, 1};
-    run(current_isa().kernels->pack_rows, pack, ceil_div(rows, PackRows::kUnitRows));
+    run(current_isa().kernels->pack_rows, pack, pack_units(pack));
     run(current_isa().kernels->linear, args, ceil_div(rows, 48) * w.tiles);
 }
 

@@ -36,9 +36,11 @@ class InputBuffer {
 public:
     InputRows of(const Matrix& w, int64_t rows) {
         const int64_t groups = rows * (w.inputs / w.group);
-        return {w.reads, w.rotated, rows, w.inputs, w.group,
+        const int32_t sum_factor = w.offsets == Offsets::none ? -w.zero() : 1;
+        return {w.reads, w.rotated, sum_factor, rows, w.inputs, w.group,
                 values_.of<uint8_t>(rows * w.inputs *
-                                    larger_of(bytes_per_input(w.reads), kMostBytesPerInteger)),
+                                        larger_of(bytes_per_input(w.reads), kMostBytesPerInteger) +
+                                    kReadBeyondInputs),
                 scales_.of<float>(groups), sums_.of<int32_t>(groups)};
     }
 

@@ -80,7 +80,6 @@ void Decoder::add_layer(const DecoderStep& step, int64_t index) {
     const DecoderLayer& w = weights_.layers[index];
     Layer& layer = layers_[index];
     const int64_t rows = step.rows.rows, row_units = ceil_div(rows, kUnitRows);
-    const int64_t pack_units = ceil_div(rows, PackRows::kUnitRows);
     const int64_t dim = shape_.head_dim, heads = shape_.query_heads + 2 * shape_.kv_heads;
     float* hidden = hidden_.of<float>(rows * shape_.width);
     float* q = q_.of<float>(rows * shape_.query_heads * dim);
@@ -90,12 +89,14 @@ void Decoder::add_layer(const DecoderStep& step, int64_t index) {
 
     layer.attention_in = {hidden, nullptr, w.attention_norm, shape_.norm_eps, shape_.width,
                           attention_inputs_.of(w.qkv, rows)};
-    add<&Kernels::pack_rows>(layer.attention_in, pack_units);
+    add<&Kernels::pack_rows>(layer.attention_in, pack_units(layer.attention_in));
     layer.qkv = {w.qkv, layer.attention_in.out, w.qkv_bias, w.q_norm, w.k_norm, shape_.norm_eps,
                  weights_.cos, weights_.sin, step.rows.positions, slots_.data(), offsets_.data(), q,
                  pages, rows, shape_.query_heads, kUnitRows};
     add<&Kernels::qkv>(layer.qkv, row_units * heads);
     add_mark(step, index);
+    // Nobody reads what the last layer would add to rows without logits.
+    if (step.logit_rows == 0 && index + 1 == int64_t(layers_.size())) return;
 
     const AttentionPlan& plan = plan_of(w.window);
     layer.attention = {pages, q, attended, plan.blocks.data(), partials_.of<float>(0),
@@ -106,14 +107,14 @@ void Decoder::add_layer(const DecoderStep& step, int64_t index) {
 
     layer.out_in = {attended, nullptr, nullptr, 0.0f, shape_.query_heads * dim,
                     out_inputs_.of(w.out, rows)};
-    add<&Kernels::pack_rows>(layer.out_in, pack_units);
+    add<&Kernels::pack_rows>(layer.out_in, pack_units(layer.out_in));
     layer.out = {w.out, layer.out_in.out, w.out_bias, hidden, true, rows, shape_.width, kUnitRows,
                  1};
     add<&Kernels::linear>(layer.out, row_units * w.out.tiles);
 
     layer.mlp_in = {hidden, nullptr, w.mlp_norm, shape_.norm_eps, shape_.width,
                     mlp_inputs_.of(w.gate_up, rows)};
-    add<&Kernels::pack_rows>(layer.mlp_in, pack_units);
+    add<&Kernels::pack_rows>(layer.mlp_in, pack_units(layer.mlp_in));
     layer.gate_up = {w.gate_up, layer.mlp_in.out, w.gate_up_bias, down_inputs_.of(w.down, rows),
                      rows, kUnitRows};
     add<&Kernels::gate_up>(layer.gate_up, row_units * (w.gate_up.outputs / (2 * GateUp::kBlock)));
@@ -145,7 +146,7 @@ void Decoder::add_head(const DecoderStep& step) {
     const int64_t rows = step.logit_rows, units = ceil_div(w.tiles, kHeadUnitTiles);
     head_in_ = {hidden_.of<float>(step.rows.rows * shape_.width), step.wanted, weights_.norm,
                 shape_.norm_eps, shape_.width, head_inputs_.of(w, rows)};
-    add<&Kernels::pack_rows>(head_in_, ceil_div(rows, PackRows::kUnitRows));
+    add<&Kernels::pack_rows>(head_in_, pack_units(head_in_));
     head_ = {w, head_in_.out, step.logits, best_.of<float>(units * rows),
              best_ids_.of<int32_t>(units * rows), rows, w.outputs, kHeadUnitTiles};
     add<&Kernels::head>(head_, units);

@@ -77,6 +77,19 @@ QUIRE_INLINE void put_planes(I16 a, uint8_t* out, int64_t stride) {
     put_units<4>(bytes, out + 4, stride);
 }
 
+// Sixteen inputs of a row in matrix tiles; of 16 bits, the low bytes follow `plane` bytes later.
+template <bool Wide>
+QUIRE_INLINE void put_tile_row(I16 a, uint8_t* out, int64_t plane) {
+    auto bytes = reinterpret_cast<int8_t*>(out);
+    if constexpr (Wide) {
+        const I16 low = shift_right<24>(shift_left<24>(a));
+        store_bytes(bytes, shift_right<8>(a - low));
+        store_bytes(bytes + plane, low);
+    } else {
+        store_bytes(bytes, a);
+    }
+}
+
 // 16 bits each, in the order 0, 2, 1, 3 of every four: pairs as bytes widened to 16 bits stand.
 QUIRE_INLINE void put_wide(I16 a, uint8_t* out, int64_t stride) {
     int16_t words[16];
@@ -88,12 +101,12 @@ QUIRE_INLINE void put_wide(I16 a, uint8_t* out, int64_t stride) {
 }
 
 template <int Vectors, bool Wide>
-QUIRE_INLINE void pack_group(const float* x, bool rotated, uint8_t* out, int64_t rows,
-                             float* scale, int32_t* sum) {
+QUIRE_INLINE void pack_group(const float* x, const InputRows& all, uint8_t* out, int64_t rows,
+                             bool in_tiles, float* scale, int32_t* sum) {
     F16 a[Vectors];
     for (int i = 0; i < Vectors; ++i) a[i] = load(x + 16 * i);
     if constexpr (Vectors % 4 == 0)
-        for (int i = 0; rotated && i < Vectors; i += 4) rotate_block(a + i);
+        for (int i = 0; all.rotated && i < Vectors; i += 4) rotate_block(a + i);
     I16 top = magnitude_bits(a[0]), total = broadcast_int(0);
     for (int i = 1; i < Vectors; ++i) top = larger(top, magnitude_bits(a[i]));
     const Scale s = scale_of(reduce_larger(top), Wide ? kLargest16 : kLargest8);
@@ -101,27 +114,32 @@ QUIRE_INLINE void pack_group(const float* x, bool rotated, uint8_t* out, int64_t
     for (int i = 0; i < Vectors; ++i) {
         const I16 value = to_int(a[i] * broadcast(s.factor));
         total = total + value;
-        if constexpr (kWideInputs)
+        if (in_tiles) {
+            put_tile_row<Wide>(value, out + 16 * i, 16 * Vectors * rows);
+        } else if constexpr (kWideInputs)
             put_wide(value, out + 32 * i * rows, 8 * rows);
         else if constexpr (Wide)
             put_planes(value, out + 32 * i * rows, 8 * rows);
         else
             store_bytes(bytes + 16 * i, value);
     }
-    if constexpr (!Wide && !kWideInputs) put_units<4 * Vectors>(bytes, out, 4 * rows);
+    if constexpr (!Wide && !kWideInputs)
+        if (!in_tiles) put_units<4 * Vectors>(bytes, out, 4 * rows);
     *scale = s.scale;
-    *sum = reduce_sum(total);
+    *sum = all.sum_factor * reduce_sum(total);
 }
 
 template <int Vectors, bool Wide>
 void pack_groups(const float* x, int64_t start, int64_t count, const InputRows& all,
                  const InputTile& out, int64_t row) {
     constexpr int64_t kGroup = 16 * Vectors, kUnit = Wide || kWideInputs ? 8 : 4;
+    const bool in_tiles = in_matrix_tiles(all.format, out.rows);
     for (int64_t i = 0; i < count; i += kGroup) {
         const int64_t at = start + i, group = at / kGroup * out.rows + row;
-        pack_group<Vectors, Wide>(x + i, all.rotated,
-                                  out.values + (at / 4 * out.rows + row) * kUnit, out.rows,
-                                  out.scales + group, out.sums + group);
+        uint8_t* to = in_tiles ? out.values + at * out.rows * (Wide ? 2 : 1) + row * kGroup
+                               : out.values + (at / 4 * out.rows + row) * kUnit;
+        pack_group<Vectors, Wide>(x + i, all, to, out.rows, in_tiles, out.scales + group,
+                                  out.sums + group);
     }
 }
 
@@ -204,8 +222,9 @@ static void pack_row(const PackRows& a, int64_t row) {
 }
 
 void pack_rows(const PackRows& a, int64_t unit) {
-    const int64_t start = unit * PackRows::kUnitRows;
-    for (int64_t row = start; row < smaller_of(start + PackRows::kUnitRows, a.out.rows); ++row)
+    const int64_t start = unit * tile_rows(a.out.format);
+    const int64_t end = smaller_of(start + tile_rows(a.out.format), a.out.rows);
+    for (int64_t row = start; row < end; ++row)
         pack_row(a, row);
 }
 

@@ -14,6 +14,7 @@ const Kernels kernels{
     .kv_write = kv_write,
     .paged_attention = paged_attention,
     .merge_attention = merge_attention,
+    .tile_rows = [](InputFormat format) -> int64_t { return tile_rows(format); },
 };
 
 }  // namespace quire::QUIRE_ISA

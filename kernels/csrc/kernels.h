@@ -17,10 +17,20 @@ void kv_write(const KvWrite& a, int64_t row);
 void paged_attention(const PagedAttention& a, int64_t unit);
 void merge_attention(const MergeAttention& a, int64_t unit);
 
+#if defined(QUIRE_MATRIX_TILES)
+constexpr bool kMatrixTiles = true;
+#else
+constexpr bool kMatrixTiles = false;
+#endif
+
+// Fewer rows of integers than these are multiplied in lanes even where there are matrix tiles.
+constexpr int kLeastRowsInTiles = 4;
+
 // Rows of a tile by input format; kTileRows is what registers hold sums of.
-constexpr int kTileRows16 = kTileRows / kPlanes16;
+constexpr int kMostTileRows = kMatrixTiles ? 16 : kTileRows;
 constexpr int tile_rows(InputFormat format) {
-    return format == InputFormat::int16 ? kTileRows16 : kTileRows;
+    if (kMatrixTiles && format >= InputFormat::int8) return 16;
+    return format == InputFormat::int16 ? kTileRows / kPlanes16 : kTileRows;
 }
 
 // Integers are kept in fours of a row: of bytes, 16 bits as two planes of them, where products take
@@ -28,6 +38,11 @@ constexpr int tile_rows(InputFormat format) {
 constexpr int64_t kFourBytes = kWideInputs ? 8 : 4;
 constexpr int64_t input_bytes(InputFormat format) {
     return kWideInputs && format == InputFormat::int8 ? 2 : bytes_per_input(format);
+}
+
+// Whether so many rows of a format stand in the form of matrix tiles.
+constexpr bool in_matrix_tiles(InputFormat format, int64_t rows) {
+    return kMatrixTiles && format >= InputFormat::int8 && rows >= kLeastRowsInTiles;
 }
 
 // A tile of inputs: rows `row` .. `row + rows - 1`.

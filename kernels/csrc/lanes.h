@@ -33,7 +33,7 @@
 
 #define QUIRE_INLINE static inline __attribute__((always_inline))
 
-#if defined(QUIRE_ISA_AVX512_BF16) || defined(QUIRE_ISA_AVX512_VNNI)
+#if defined(QUIRE_ISA_AMX_INT8) || defined(QUIRE_ISA_AVX512_BF16) || defined(QUIRE_ISA_AVX512_VNNI)
 #include "lanes_avx512.h"
 #elif defined(QUIRE_ISA_AVX2_VNNI) || defined(QUIRE_ISA_AVX2)
 #include "lanes_avx2.h"

@@ -3,7 +3,10 @@
 
 #include <immintrin.h>
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_INT8__)
+#define QUIRE_ISA amx_int8
+#define QUIRE_MATRIX_TILES
+#elif defined(__AVX512BF16__)
 #define QUIRE_ISA avx512_bf16
 #else
 #define QUIRE_ISA avx512_vnni
@@ -83,6 +86,7 @@ using Packed = I16;
 using Weights = I16;
 using Inputs = I16;
 
+QUIRE_INLINE I16 load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 QUIRE_INLINE I16 broadcast_int(int32_t a) { return {_mm512_set1_epi32(a)}; }
 QUIRE_INLINE I16 operator+(I16 a, I16 b) { return {_mm512_add_epi32(a.all, b.all)}; }
 QUIRE_INLINE I16 operator-(I16 a, I16 b) { return {_mm512_sub_epi32(a.all, b.all)}; }

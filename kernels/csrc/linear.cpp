@@ -53,7 +53,7 @@ void linear(const Linear& a, int64_t unit) {
         const int64_t output = tile * kTileOutputs;
         const int64_t count = smaller_of(kTileOutputs, a.outputs - output);
         for_row_tiles(range, a.x, [&](const InputTile& x) {
-            alignas(64) float result[kTileRows * kTileOutputs];
+            alignas(64) float result[kMostTileRows * kTileOutputs];
             multiply(a.weight, tile, x, result, kTileOutputs);
             for (int64_t r = 0; r < x.rows; ++r) {
                 float* from = result + r * kTileOutputs;
@@ -72,7 +72,7 @@ void qkv(const Qkv& a, int64_t unit) {
     const float* norm = value_head >= 0 ? nullptr : key_head >= 0 ? a.k_norm : a.q_norm;
     for_row_tiles(rows_of(unit % row_units, a.unit_rows, a.rows), a.x,
                   [&](const InputTile& inputs) {
-        alignas(64) float result[kTileRows * kMostOutputs];
+        alignas(64) float result[kMostTileRows * kMostOutputs];
         for (int64_t t = 0; t < tiles; ++t)
             multiply(a.weight, head * tiles + t, inputs, result + t * kTileOutputs, kMostOutputs);
         for (int64_t r = 0; r < inputs.rows; ++r) {
@@ -98,7 +98,7 @@ void gate_up(const GateUp& a, int64_t unit) {
     const int64_t row_units = ceil_div(a.rows, a.unit_rows), block = unit / row_units;
     const int64_t start = block * kBlock, count = smaller_of(kBlock, a.out.inputs - start);
     for_row_tiles(rows_of(unit % row_units, a.unit_rows, a.rows), a.x, [&](const InputTile& x) {
-        alignas(64) float result[kTileRows * 2 * kBlock];
+        alignas(64) float result[kMostTileRows * 2 * kBlock];
         for (int64_t t = 0; t < 2 * kTiles; ++t)
             multiply(a.weight, block * 2 * kTiles + t, x, result + t * kTileOutputs, 2 * kBlock);
         for (int64_t r = 0; r < x.rows; ++r) {
@@ -153,7 +153,7 @@ void head(const Head& a, int64_t unit) {
             ids[r] = 0;
         }
         for (int64_t tile = start; tile < end; ++tile) {
-            alignas(64) float result[kTileRows * kTileOutputs];
+            alignas(64) float result[kMostTileRows * kTileOutputs];
             const int64_t output = tile * kTileOutputs;
             const int64_t count = smaller_of(kTileOutputs, a.outputs - output);
             multiply(a.weight, tile, x, result, kTileOutputs);

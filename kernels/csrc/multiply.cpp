@@ -120,16 +120,31 @@ QUIRE_INLINE void add_fours(const uint8_t* weights, const uint8_t* inputs,
     });
 }
 
-// One column's, or both columns', sums over a group: [rows][columns].
+// What the offsets of a group's weights add to the outputs.
+QUIRE_INLINE void add_offsets(const Matrix& w, const uint8_t* offsets, const F16 (&scale)[2],
+                              int64_t rows, const float* scales, const int32_t* sums, float* out,
+                              int64_t stride) {
+    F16 offset[2];
+    for (int c = 0; c < 2; ++c) {
+        offset[c] = load_scales(offsets + 32 * c, w.bf16_scales);
+        if (w.offsets == Offsets::zeros) offset[c] = broadcast(0.0f) - offset[c] * scale[c];
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        const F16 s = broadcast(scales[r] * float(sums[r]));
+        for (int c = 0; c < 2; ++c) {
+            float* at = out + r * stride + 16 * c;
+            store(at, fma(offset[c], s, load(at)));
+        }
+    }
+}
+
+// One column's, or both columns', sums over a group: [rows][columns], from `starts` [rows] on.
 template <int Rows, int Planes, bool Nibbles>
-QUIRE_INLINE void sum_group(int64_t group, bool centred, const uint8_t* weights,
-                            const uint8_t* inputs, const int32_t* sums,
-                            I16 (&sum)[Rows * Planes][kColumns]) {
-    constexpr int kZeroBits = Nibbles ? 3 : 7;  // 8 or 128 stands for 0
+QUIRE_INLINE void sum_group(int64_t group, const uint8_t* weights, const uint8_t* inputs,
+                            const int32_t* starts, I16 (&sum)[Rows * Planes][kColumns]) {
     each<Rows>([&](auto r) __attribute__((always_inline)) {
-        const int32_t zero = centred ? -int32_t(uint32_t(sums[r]) << kZeroBits) : 0;
         for (int c = 0; c < kColumns; ++c) {
-            sum[r * Planes + Planes - 1][c] = broadcast_int(zero);
+            sum[r * Planes + Planes - 1][c] = broadcast_int(starts[r]);
             if constexpr (Planes == 2) sum[r * 2][c] = broadcast_int(0);
         }
     });
@@ -142,49 +157,55 @@ QUIRE_INLINE void sum_group(int64_t group, bool centred, const uint8_t* weights,
     }
 }
 
+// The sums of floats stand in `out`: registers hold those of integers.
 template <int Rows, int Planes, bool Nibbles>
 void multiply_integers(const Matrix& w, const uint8_t* tile, const InputTile& x, float* out,
                        int64_t stride) {
+    static constexpr int32_t kNoStarts[Rows] = {};
+    const bool centred = w.offsets == Offsets::none;
     const uint8_t* inputs = x.values;
     const float* scales = x.scales;
     const int32_t* sums = x.sums;
-    F16 total[Rows][2];
-    clear(total);
+    for (int r = 0; r < Rows; ++r)
+        for (int c = 0; c < 2; ++c) store(out + r * stride + 16 * c, broadcast(0.0f));
     for (int64_t g = 0; g < w.inputs; g += w.group, scales += Rows, sums += Rows) {
-        F16 scale[2], offset[2];
+        F16 scale[2];
         for (int c = 0; c < 2; ++c) scale[c] = load_scales(tile + 32 * c, w.bf16_scales);
         tile += 64;
-        const bool centred = w.offsets == Offsets::none;
-        if (!centred) {
-            for (int c = 0; c < 2; ++c) offset[c] = load_scales(tile + 32 * c, w.bf16_scales);
-            tile += 64;
-        }
-        if (w.offsets == Offsets::zeros)
-            for (int c = 0; c < 2; ++c) offset[c] = broadcast(0.0f) - offset[c] * scale[c];
+        const uint8_t* offsets = tile;
+        if (!centred) tile += 64;
         each_columns([&](int column) __attribute__((always_inline)) {
             I16 sum[Rows * Planes][kColumns];
-            sum_group<Rows, Planes, Nibbles>(w.group, centred, tile + 64 * column, inputs, sums,
-                                             sum);
+            sum_group<Rows, Planes, Nibbles>(w.group, tile + 64 * column, inputs,
+                                             centred ? sums : kNoStarts, sum);
             each<Rows>([&](auto r) __attribute__((always_inline)) {
-                const float s = scales[r];
+                const F16 s = broadcast(scales[r]);
                 for (int c = 0; c < kColumns; ++c) {
                     I16 all = sum[r * Planes + Planes - 1][c];
                     if constexpr (Planes == 2) all = all + shift_left<8>(sum[r * 2][c]);
-                    F16& row = total[r][column + c];
-                    row = fma(to_float(all), scale[column + c] * broadcast(s), row);
-                    if (!centred)
-                        row = fma(offset[column + c], broadcast(s * float(sums[r])), row);
+                    float* at = out + r * stride + 16 * (column + c);
+                    store(at, fma(to_float(all), scale[column + c] * s, load(at)));
                 }
             });
         });
+        if (!centred) add_offsets(w, offsets, scale, Rows, scales, sums, out, stride);
         tile += w.group / (Nibbles ? 8 : 4) * 128;
         inputs += w.group / 4 * kFourBytes * Rows * Planes;
     }
-    for (int r = 0; r < Rows; ++r)
-        for (int c = 0; c < 2; ++c) store(out + r * stride + 16 * c, total[r][c]);
 }
 
 using Multiply = void (*)(const Matrix&, const uint8_t*, const InputTile&, float*, int64_t);
+
+#if defined(QUIRE_MATRIX_TILES)
+#include "matrix_tiles.h"
+
+Multiply in_tiles(const Matrix& w) {
+    const bool wide = w.reads == InputFormat::int16;
+    if (w.format == WeightFormat::int8)
+        return wide ? multiply_in_tiles<2, false> : multiply_in_tiles<1, false>;
+    return wide ? multiply_in_tiles<2, true> : multiply_in_tiles<1, true>;
+}
+#endif
 
 // The functions for 1, 2, ... rows.
 template <template <int> class Function, int... Rows>
@@ -215,10 +236,14 @@ template <int Rows> struct Int4WideRows {
 
 constexpr Table<F32Rows, kTileRows> kF32;
 constexpr Table<Bf16Rows, kTileRows> kBf16;
-constexpr Table<Int8Rows, kTileRows> kInt8;
-constexpr Table<Int8WideRows, kTileRows16> kInt8Wide;
-constexpr Table<Int4Rows, kTileRows> kInt4;
-constexpr Table<Int4WideRows, kTileRows16> kInt4Wide;
+constexpr int rows_in_lanes(InputFormat format) {
+    return kMatrixTiles ? kLeastRowsInTiles - 1 : tile_rows(format);
+}
+constexpr int kRows8 = rows_in_lanes(InputFormat::int8), kRows16 = rows_in_lanes(InputFormat::int16);
+constexpr Table<Int8Rows, kRows8> kInt8;
+constexpr Table<Int8WideRows, kRows16> kInt8Wide;
+constexpr Table<Int4Rows, kRows8> kInt4;
+constexpr Table<Int4WideRows, kRows16> kInt4Wide;
 
 const Multiply* functions(const Matrix& w) {
     const bool wide = w.reads == InputFormat::int16;
@@ -233,6 +258,10 @@ const Multiply* functions(const Matrix& w) {
 }  // namespace
 
 void multiply(const Matrix& w, int64_t tile, const InputTile& x, float* out, int64_t stride) {
+#if defined(QUIRE_MATRIX_TILES)
+    if (in_matrix_tiles(w.reads, x.rows))
+        return in_tiles(w)(w, w.data + tile * w.tile_bytes, x, out, stride);
+#endif
     functions(w)[x.rows - 1](w, w.data + tile * w.tile_bytes, x, out, stride);
 }
 

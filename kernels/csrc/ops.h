@@ -44,6 +44,8 @@ constexpr int64_t bytes_per_input(InputFormat format) {
     return bytes[int(format)];
 }
 constexpr int64_t kMostBytesPerInteger = 2;  // some instruction sets multiply no bytes
+// Matrix tiles take 16 rows where fewer are left, and leave out what comes of the others.
+constexpr int64_t kReadBeyondInputs = 16 * 128;
 
 // Weights packed in tiles of 32 outputs, one after the other, each one run of bytes:
 //   f32    [inputs][32]
@@ -62,6 +64,9 @@ struct Matrix {
     int64_t tiles, inputs, group;  // outputs and width padded to whole tiles and groups
     int64_t tile_bytes;
     const uint8_t* data;
+
+    // What is stored for a weight of 0, if there are no offsets.
+    int32_t zero() const { return format == WeightFormat::int8 ? 128 : 8; }
 };
 
 // Rows of inputs in the form a product wants, in tiles of as many rows as go through a tile of
@@ -69,10 +74,13 @@ struct Matrix {
 //   f32    [inputs][rows];        bf16    [inputs / 2][rows][2]
 //   int8   [inputs / 4][rows][4]; int16   [inputs / 4][rows][high, low][4], 256 high + low
 //   or, where products do not take bytes, both [inputs / 4][rows][4] of 16 bits
-// Integers have a scale and a sum per group and row of a tile, [inputs / group][rows].
+//   or, in matrix tiles, [inputs / group][rows][group] and [inputs / group][high, low][rows][group]
+// Integers have a scale and `sum_factor` times their sum per group and row of a tile,
+// [inputs / group][rows]: what weights that are stored as unsigned add too much, if they have no offsets.
 struct InputRows {
     InputFormat format;
     bool rotated;
+    int32_t sum_factor;
     int64_t rows, inputs, group;
     uint8_t* values;
     float* scales;
@@ -92,7 +100,6 @@ struct RmsNorm {
 
 // Rows of x, normalised if there is a weight, into inputs of a product.
 struct PackRows {
-    static constexpr int64_t kUnitRows = 12;  // whole tiles on every instruction set
     const float* x;              // [any, width]
     const int64_t* rows;         // which row of x, or null for each
     const float* norm;           // [width] or null
@@ -220,7 +227,7 @@ using Unit = void (*)(const Args&, int64_t unit);
 
 struct Kernels {
     Unit<RmsNorm> rms_norm;         // unit: a row
-    Unit<PackRows> pack_rows;       // unit: 12 rows
+    Unit<PackRows> pack_rows;       // unit: a tile
     Unit<Linear> linear;            // unit: unit_rows x unit_tiles
     Unit<Qkv> qkv;                  // unit: unit_rows x a head
     Unit<GateUp> gate_up;           // unit: unit_rows x a block
@@ -230,12 +237,14 @@ struct Kernels {
     Unit<KvWrite> kv_write;         // unit: a row
     Unit<PagedAttention> paged_attention;  // unit: block x KV head
     Unit<MergeAttention> merge_attention;  // unit: a merge row x KV head
+    int64_t (*tile_rows)(InputFormat);     // rows that go through a tile of weights together
 };
 
 namespace portable { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx2_vnni { extern const Kernels kernels; }
 namespace avx512_vnni { extern const Kernels kernels; }
+namespace amx_int8 { extern const Kernels kernels; }
 namespace avx512_bf16 { extern const Kernels kernels; }
 
 }  // namespace quire

@@ -18,6 +18,8 @@
 #include <immintrin.h>
 #endif
 
+#include "isa.h"
+
 namespace quire {
 namespace {
 
@@ -62,6 +64,23 @@ QUIRE_LOOP(fp32_fma, "avx2,fma", __m256, _mm256_set1_ps(1e-3f), _mm256_fmadd_ps(
 
 #undef QUIRE_LOOP
 
+// Four sums of 16 x 16, so that none waits for the last product with it.
+__attribute__((target("amx-tile,amx-int8"))) void int8_tiles(int64_t rounds) {
+    alignas(64) static const struct {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16};
+    } shapes;
+    _tile_loadconfig(&shapes);
+    for (; rounds > 0; --rounds) {
+        _tile_dpbsud(0, 4, 5);
+        _tile_dpbsud(1, 4, 5);
+        _tile_dpbsud(2, 4, 5);
+        _tile_dpbsud(3, 4, 5);
+    }
+    _tile_release();
+}
+
 #endif
 
 // Without intrinsics: dot products of arrays in the first cache, as the compiler vectorises them.
@@ -93,6 +112,7 @@ std::vector<Candidate> candidates() {
 #if defined(__x86_64__)
         {{"int8", "vpdpbusd zmm", int8_avx512_vnni, ops(64)},
          __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni")},
+        {{"int8 tiles", "tdpbsud", int8_tiles, 4 * 2 * 16 * 16 * 64}, may_use_matrix_tiles()},
         {{"int8", "vpmaddwd zmm", int8_avx512bw, ops(32)},
          __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")},
         {{"int8", "vpdpbusd ymm", int8_avx_vnni, ops(32)},

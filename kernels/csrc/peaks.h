@@ -6,7 +6,7 @@
 namespace quire {
 
 struct Loop {
-    const char* arithmetic;    // "int8", "bf16" or "fp32"
+    const char* arithmetic;    // "int8", "int8 tiles", "bf16" or "fp32"
     const char* instruction;   // what multiplies
     void (*run)(int64_t rounds);
     int64_t ops_per_round;     // a multiply-add is two

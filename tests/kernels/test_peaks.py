@@ -36,6 +36,20 @@ def test_the_read_array_is_larger_than_every_cache(monkeypatch):
     assert default_read_bytes() == 1 << 29
 
 
+def test_matrix_tiles_have_a_peak_where_the_kernels_may_use_them():
+    found = measure_peaks(1, read_bytes=1 << 22, seconds=0.0)
+    assert (found.int8_tiles_gops is not None) == ("amx_int8" in _native.supported_isas())
+    if found.int8_tiles_gops is not None:
+        assert found.gops("int8") == max(found.int8_tiles_gops, found.int8_gops)
+
+
+def test_the_limits_of_vectors_leave_matrix_tiles_out():
+    with_tiles = Peaks(2, 30.0, 800.0, 400.0, 200.0, "x", "y", int8_tiles_gops=4000.0)
+    assert with_tiles.gops("int8") == 4000.0
+    assert with_tiles.of_vectors == KNOWN
+    assert KNOWN.of_vectors.gops("int8") == 800.0
+
+
 def test_bf16_has_the_peak_of_fp32_where_the_cpu_has_no_bf16_products():
     without = Peaks(2, 30.0, 800.0, None, 200.0, "x", "y")
     assert [KNOWN.gops(each) for each in ("int8", "bf16", "fp32")] == [800.0, 400.0, 200.0]

@@ -15,7 +15,7 @@ from bench import __main__ as cli
 from bench import decode, machine, prefill
 from bench.decode import Steady, steady
 from bench.handover import exposed_s, handover_bytes
-from bench.limits import Phase, Workload, arithmetic_of, limit_ratio, workload_of
+from bench.limits import Phase, Workload, arithmetic_of, limit_ratio, limit_ratios, workload_of
 from bench.load import PAGE_SIZE, Load
 from bench.machine import Machine, measure_machine
 from bench.options import loads, modes
@@ -136,6 +136,16 @@ def test_the_limit_of_a_decode_step_is_that_of_its_phases_in_turn() -> None:
     together = WORKLOAD.decode_step(batch=50, context=100)
     # layers 100 GFLOP: 1 s; keys and values 5 GB: 0.5 s; head 25 GFLOP: 0.25 s
     assert limit_ratio(together, PEAKS, took_s=3.5) == pytest.approx(0.5)
+
+
+def test_a_cpu_with_matrix_tiles_is_held_to_their_peak_and_shown_beside_its_vectors() -> None:
+    with_tiles = replace(PEAKS, int8_tiles_gops=4000.0)
+    phases = [Phase(1e9, 12e11, "int8")]
+    assert limit_ratios(phases, PEAKS, took_s=6.0) == {"limit_ratio": pytest.approx(0.5)}
+    assert limit_ratios(phases, with_tiles, took_s=6.0) == {
+        "limit_ratio": pytest.approx(0.05),
+        "of_vectors": pytest.approx(0.5),
+    }
 
 
 def test_the_limit_of_the_targets_example_is_about_2300_tokens_per_second() -> None:
