@@ -125,6 +125,10 @@ class Ledger:
         """Pages with a lease, whatever else holds them."""
         return self._num_leased
 
+    def num_leased_to(self, holders: set[str]) -> int:
+        """Pages with a lease of one of these; any thread may ask."""
+        return sum(not holders.isdisjoint(record.leases) for record in self._records)
+
     def count(self, state: PageState) -> int:
         return self._counts[state]
 

@@ -29,7 +29,13 @@ class PrefillWorker(Worker):
     def install(self, loaded: LoadedModel, capacity: Capacity, handlers: LateHandlers) -> None:
         self._handovers = handovers = Leases(self.settings.lease_s, time.monotonic)
         self._servicer = PrefillServicer(
-            self.engine, capacity, self.settings, handovers, self.transports, self.metrics
+            self.engine,
+            capacity,
+            self.settings,
+            handovers,
+            self.callers,
+            self.transports,
+            self.metrics,
         )
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self._servicer, handlers)  # type: ignore[arg-type]
         self.spawn(handovers.reap())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -46,7 +46,10 @@ _MAX_OUTPUTS = 1_000_000  # bounded by the prompt's own length
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
-    """Runs prompts and streams their pages."""
+    """Runs prompts and streams their pages.
+
+    ``callers`` are the names under which pages are held that something here still answers for.
+    """
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         capacity: Capacity,
         settings: PrefillSettings,
         handovers: Leases,
+        callers: Callable[[], set[str]],
         transports: Transports,
         metrics: Metrics,
     ) -> None:
@@ -61,6 +65,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._capacity = capacity
         self._settings = settings
         self._handovers = handovers
+        self._callers = callers
         self._transports = transports
         self._metrics = metrics
         self.draining = False
@@ -165,11 +170,18 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             raise ResourceExhausted(f"{self.num_active} prompts are in progress")
         if self.num_active and self.queued_tokens + num_tokens > settings.max_queued_tokens:
             raise ResourceExhausted(f"{self.queued_tokens} prompt tokens are in progress")
-        # Pages that nobody fetches or acknowledges must leave room for those of others.
+        self._check_leases()
+
+    def _check_leases(self) -> None:
+        """Pages that nobody fetches or acknowledges must leave room for those of others. What was
+        released leaves it at once, before the engine's thread has heard of that."""
         pool = self._engine.core.pool
-        if pool.ledger.num_leased * 2 > pool.num_pages:
+        num_leased = pool.ledger.num_leased
+        if num_leased * 2 > pool.num_pages:
+            num_leased = pool.ledger.num_leased_to(self._callers())
+        if num_leased * 2 > pool.num_pages:
             raise ResourceExhausted(
-                f"{pool.ledger.num_leased} of {pool.num_pages} pages wait for an acknowledgement",
+                f"{num_leased} of {pool.num_pages} pages wait for an acknowledgement",
                 self._handovers.lease_s,
             )
 

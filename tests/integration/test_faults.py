@@ -6,6 +6,7 @@ After each: the same tokens or one clear error, a service that lives on, and eve
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -285,6 +286,23 @@ async def test_release_is_idempotent_and_stale_attempts_have_no_effect(redis_url
         assert any(node.core.pool.ledger[slot].leases for slot in range(80))
         assert await release(node, attempt=2)
         assert not await release(node, attempt=2)
+
+
+async def test_released_pages_make_room_before_the_engine_has_heard_of_it(redis_url: str) -> None:
+    """All pages but a few were leased, and the next prompt comes right after their release."""
+    async with running(redis_url, num_decode=0, pool_tokens=640) as cluster:
+        node = cluster.prefill[0]
+        await pull(node, attempt=1)
+        goes_on = threading.Event()
+        node.worker.engine.worker.call(lambda _: goes_on.wait(60))
+        try:
+            assert await release(node, attempt=1)
+            work = asyncio.create_task(pull(node, attempt=2))
+            await until(lambda: node.worker.queued_tokens() > 0 or work.done())
+        finally:
+            goes_on.set()
+        assert await work > 0
+        assert await release(node, attempt=2)
 
 
 async def pull(node: Node, attempt: int) -> int:

@@ -78,8 +78,8 @@ def test_pages_with_leases_are_counted_once_each() -> None:
     ]:
         change(slot, holder)
         ledger.check()
-        counts.append(ledger.num_leased)
-    assert counts == [1, 1, 2, 2, 1, 0]
+        counts.append((ledger.num_leased, ledger.num_leased_to({"x", "z"})))
+    assert counts == [(1, 1), (1, 1), (2, 2), (2, 1), (1, 1), (0, 0)]
 
 
 def test_page_not_free_while_writer_alive() -> None:
