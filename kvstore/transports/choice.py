@@ -72,7 +72,7 @@ class Transports:
                 for meant in _meant(name, memory):
                     if meant not in started._by_name:
                         started._by_name[meant] = await _started(meant, memory, boot_id)
-        except TransportUnavailable:
+        except BaseException:
             await started.close()
             raise
         return started

@@ -6,11 +6,12 @@ import asyncio
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -256,18 +257,17 @@ async def test_a_late_reader_of_slots_given_to_another_prompt_gets_nothing(redis
         node = cluster.prefill[0]
         frames, chosen = await granted(node, 1, LONG[:500])
         frames = [frame for frame in frames if frame.identity.page_index == 20]
-        memory = PageMemory(node.core.layout, 1, SharedPool.create(1, node.core.layout.page_bytes))
-        reader = SharedMemoryTransport(memory, OWNER)
-        source = await reader.connect(chosen.address, node.worker.boot_id, node.core.layout)
-        target = memory.group(0, frames[0].layer_group)
-        await source.read(frames[:1], [target])
-        await release(node, attempt=1)
-        await granted(node, 2, [7] * 500)
-        with pytest.raises(LandingError) as caught:
+        async with reading(node.core.layout) as reader:
+            source = await reader.connect(chosen.address, node.worker.boot_id, node.core.layout)
+            size = node.core.memory.groups.num_bytes(frames[0].layer_group)
+            target = memoryview(bytearray(size))
             await source.read(frames[:1], [target])
-        assert caught.value.reason == "generation"
-        await release(node, attempt=2)
-        await reader.close()
+            await release(node, attempt=1)
+            await granted(node, 2, [7] * 500)
+            with pytest.raises(LandingError) as caught:
+                await source.read(frames[:1], [target])
+            assert caught.value.reason == "generation"
+            await release(node, attempt=2)
 
 
 async def granted(
@@ -354,11 +354,20 @@ def owner() -> Iterator[tuple[subprocess.Popen[str], bytes]]:
 
 
 @pytest.fixture
-async def reader() -> Any:
-    memory = PageMemory(LAYOUT, 1, SharedPool.create(1, LAYOUT.page_bytes))
+async def reader() -> AsyncIterator[SharedMemoryTransport]:
+    async with reading(LAYOUT) as transport:
+        yield transport
+
+
+@asynccontextmanager
+async def reading(layout: PageLayout) -> AsyncIterator[SharedMemoryTransport]:
+    """A worker's end that reads pages of others, of this layout."""
+    memory = PageMemory(layout, 1, SharedPool.create(1, layout.page_bytes))
     transport = SharedMemoryTransport(memory, b"r" * 16)
-    yield transport
-    await transport.close()
+    try:
+        yield transport
+    finally:
+        await transport.close()
 
 
 async def test_an_owner_killed_in_the_middle_of_a_copy_takes_nothing_down(
@@ -559,13 +568,36 @@ async def test_two_handovers_from_a_new_owner_share_one_way_to_its_pool(
     owner: tuple[subprocess.Popen[str], bytes],
 ) -> None:
     memory = PageMemory(LAYOUT, 1, SharedPool.create(1, LAYOUT.page_bytes))
-    transports = await Transports.start(("shm",), memory, b"r" * 16)
-    chosen = TransportAddress("shm", owner[1])
-    first, second = await asyncio.gather(
-        *(transports.source(chosen, OWNER, LAYOUT) for _ in range(2))
-    )
-    assert first is second
-    transports.forget(OWNER)
-    assert first.lost
-    assert await transports.source(chosen, OWNER, LAYOUT) is not first
-    await transports.close()
+    async with AsyncExitStack() as stack:
+        transports = await Transports.start(("shm",), memory, b"r" * 16)
+        stack.push_async_callback(transports.close)
+        chosen = TransportAddress("shm", owner[1])
+        first, second = await asyncio.gather(
+            *(transports.source(chosen, OWNER, LAYOUT) for _ in range(2))
+        )
+        assert first is second
+        transports.forget(OWNER)
+        assert first.lost
+        assert await transports.source(chosen, OWNER, LAYOUT) is not first
+
+
+async def test_a_transport_that_cannot_start_leaves_no_other_one_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever it fails with, be it that nobody waits for it any more."""
+    listen, listeners = shm._listener, []
+
+    def listening(address: bytes) -> socket.socket:
+        listeners.append(listen(address))
+        return listeners[-1]
+
+    monkeypatch.setattr(shm, "_listener", listening)
+
+    async def cancelled(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(nixl, "start", cancelled)
+    memory = PageMemory(LAYOUT, 1, SharedPool.create(1, LAYOUT.page_bytes))
+    with pytest.raises(asyncio.CancelledError):
+        await Transports.start(("shm", "nixl"), memory, OWNER)
+    assert [each.fileno() for each in listeners] == [-1]
