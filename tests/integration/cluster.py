@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 
 from decode_svc.__main__ import DecodeWorker
@@ -17,6 +18,7 @@ from engine.core import EngineCore
 from engine.model import Model, ModelSpec
 from engine.model.load import LoadedModel, load_model
 from engine.remote import AsyncRemoteEngine
+from engine.serving import options
 from engine.serving import server as serving
 from engine.serving import worker as worker_module
 from engine.serving.worker import Worker
@@ -122,6 +124,16 @@ class Cluster:
         for node in self.decode:
             workers = node.worker._workers  # type: ignore[attr-defined]
             await until(lambda workers=workers: workers.choose() is not None)
+
+
+def keep_silent_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stall of this machine, or bytes that take their time, do not pass for a lost peer."""
+
+    def without_pings(given: options.Options) -> options.Options:
+        return tuple((name, value) for name, value in given if name != "grpc.keepalive_time_ms")
+
+    monkeypatch.setattr(options, "_CHANNEL", without_pings(options._CHANNEL))
+    monkeypatch.setattr(serving, "SERVER_OPTIONS", without_pings(serving.SERVER_OPTIONS))
 
 
 async def eventually(check: Callable[[], Awaitable[bool]], timeout_s: float = 20.0) -> None:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
 from decode_svc import servicer
-from engine.completion import Delta, Finished, Started, StreamItem, Waiting
+from decode_svc.servicer import InferenceServicer
+from engine.completion import Delta, Finished, Started, StreamItem
 from engine.errors import DeadlineExceeded, EngineFault, PeerUnavailable, RequestCancelled
 from engine.local import AsyncLocalEngine
+from engine.mailbox import AsyncEngine
 from engine.remote import AsyncRemoteEngine
 from engine.sampling_params import SamplingParams
 from kernels.layout import PageLayout
 from kernels.ragged import RaggedBatch
+from quire.v1 import inference_pb2 as pb
 from tests.faults.link import Link
-from tests.integration.cluster import Node, running, until
+from tests.integration.cluster import Node, keep_silent_connections, running, until
 from tests.integration.streams import KINDS, PROMPT, collected, deltas_of, essence
 
 LONG = SamplingParams(temperature=1.0, seed=2, ignore_eos=True, max_tokens=60)
@@ -26,35 +30,39 @@ LONG = SamplingParams(temperature=1.0, seed=2, ignore_eos=True, max_tokens=60)
 
 @dataclass
 class Hold:
-    """Lets decode services send so many deltas of a stream and then nothing, until told."""
+    """Lets workers send so many deltas of their next stream and then nothing, until told."""
 
-    after: list[int] = field(default_factory=list)
-    """One entry per stream to hold, in order: deltas to let through."""
+    after: dict[AsyncEngine, int] = field(default_factory=dict)
     release: asyncio.Event = field(default_factory=asyncio.Event)
     num_released: int = 0
 
-    def wrap(self, until_: Callable[..., AsyncIterator[object]]) -> Callable[..., object]:
-        async def held(items: object, budget_s: float) -> AsyncIterator[object]:
-            left = self.after.pop(0) if self.after else None
-            inner = until_(items, budget_s)
-            try:
-                async for item in inner:
-                    if left == 0 and not isinstance(item, Waiting):
+    def at(self, node: Node, num_deltas: int) -> None:
+        self.after[node.worker.engine] = num_deltas
+
+    def wrap(self, generate: Callable[..., AsyncGenerator[pb.GenerateResponse]]) -> object:
+        async def held(
+            servicer: InferenceServicer, *call: object
+        ) -> AsyncIterator[pb.GenerateResponse]:
+            left = self.after.pop(servicer._engine, None)
+            async with aclosing(generate(servicer, *call)) as responses:
+                async for response in responses:
+                    is_delta = response.HasField("delta")
+                    if left == 0 and (is_delta or response.HasField("finished")):
                         await self.release.wait()
                         self.num_released += 1
-                    if left is not None and isinstance(item, Delta):
+                    if left is not None and is_delta:
                         left -= 1
-                    yield item
-            finally:
-                await inner.aclose()  # type: ignore[attr-defined]
+                    yield response
 
         return held
 
 
 @pytest.fixture
 def hold(monkeypatch: pytest.MonkeyPatch) -> Hold:
+    """With it only the tests end connections."""
+    keep_silent_connections(monkeypatch)
     hold = Hold()
-    monkeypatch.setattr(servicer, "_until", hold.wrap(servicer._until))
+    monkeypatch.setattr(InferenceServicer, "_generate", hold.wrap(InferenceServicer._generate))
     return hold
 
 
@@ -80,13 +88,7 @@ def link_to(node: Node) -> Link:
     return Link(int(node.endpoint.rpartition(":")[2]))
 
 
-QUICK = ("sampled", "stop strings in the middle")
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
-)
+@pytest.mark.parametrize("kind", KINDS)
 async def test_cut_at_every_token_index_a_stream_goes_on_as_unbroken(
     redis_url: str, kind: str, hold: Hold
 ) -> None:
@@ -97,7 +99,7 @@ async def test_cut_at_every_token_index_a_stream_goes_on_as_unbroken(
         doomed, heir = cluster.decode
         async with link_to(doomed) as proxy:
             for cut in range(len(expected) - 1):
-                hold.after = [cut]
+                hold.at(doomed, cut)
                 async with AsyncRemoteEngine([proxy.endpoint, heir.endpoint], idle_s=30) as client:
                     found = []
                     async for item in client.items(PROMPT, params):
@@ -114,9 +116,10 @@ async def test_two_workers_lost_one_after_the_other_cost_a_stream_nothing(
     redis_url: str, hold: Hold
 ) -> None:
     expected = await unbroken(LONG)
-    hold.after = [20, 15]
     async with running(redis_url, num_decode=3) as cluster:
         one, two, three = cluster.decode
+        hold.at(one, 20)
+        hold.at(two, 15)
         async with link_to(one) as first, link_to(two) as second:
             endpoints = [first.endpoint, second.endpoint, three.endpoint]
             async with AsyncRemoteEngine(endpoints, idle_s=30) as client:
@@ -133,8 +136,8 @@ async def test_two_workers_lost_one_after_the_other_cost_a_stream_nothing(
 
 async def test_a_client_of_one_endpoint_learns_of_the_others(redis_url: str, hold: Hold) -> None:
     expected = await unbroken(LONG)
-    hold.after = [20]
     async with running(redis_url, num_decode=2) as cluster:
+        hold.at(cluster.decode[0], 20)
         async with link_to(cluster.decode[0]) as proxy:
             async with AsyncRemoteEngine([proxy.endpoint], idle_s=30) as client:
                 found = []
@@ -149,8 +152,8 @@ async def test_a_client_of_one_endpoint_learns_of_the_others(redis_url: str, hol
 async def test_with_no_worker_left_the_caller_hears_why_the_stream_broke(
     redis_url: str, hold: Hold
 ) -> None:
-    hold.after = [20]
     async with running(redis_url) as cluster:
+        hold.at(cluster.decode[0], 20)
         async with link_to(cluster.decode[0]) as proxy:
             async with AsyncRemoteEngine([proxy.endpoint], patience_s=0.2, idle_s=30) as client:
                 items = client.items(PROMPT, LONG)
@@ -165,8 +168,8 @@ async def test_with_no_worker_left_the_caller_hears_why_the_stream_broke(
 async def test_a_worker_of_other_numerics_does_not_continue_a_stream(
     redis_url: str, hold: Hold
 ) -> None:
-    hold.after = [20]
     async with running(redis_url, num_prefill=0, num_decode=2) as cluster:
+        hold.at(cluster.decode[0], 20)
         first, other = cluster.decode
         other.core.fingerprint = replace(other.core.fingerprint, numerics="hash/other/1")
         async with link_to(first) as proxy:
@@ -187,8 +190,8 @@ async def test_a_silent_worker_is_given_up_and_what_it_sends_later_is_not_heard(
     """Its connection stands, its event loop hangs; later it goes on as if nothing had been."""
     monkeypatch.setattr(servicer, "WAITING_EVERY_S", 60.0)
     expected = await unbroken(LONG)
-    hold.after = [20]
     async with running(redis_url, num_decode=2) as cluster:
+        hold.at(cluster.decode[0], 20)
         async with cluster.client(idle_s=1.0) as client:
             found = []
             async for item in client.items(PROMPT, LONG):
@@ -236,8 +239,9 @@ async def test_a_full_worker_sends_its_requests_to_another(redis_url: str) -> No
 
 
 async def test_the_deadline_is_the_callers_over_all_workers(redis_url: str, hold: Hold) -> None:
-    hold.after = [5, 5]
     async with running(redis_url, num_decode=2) as cluster:
+        for node in cluster.decode:
+            hold.at(node, 5)
         async with link_to(cluster.decode[0]) as proxy:
             endpoints = [proxy.endpoint, cluster.decode[1].endpoint]
             loop = asyncio.get_running_loop()
@@ -258,8 +262,8 @@ async def test_a_worker_whose_engine_breaks_down_loses_no_stream(
     redis_url: str, hold: Hold
 ) -> None:
     expected = await unbroken(LONG)
-    hold.after = [20]
     async with running(redis_url, num_decode=2) as cluster:
+        hold.at(cluster.decode[0], 20)
         first, _ = cluster.decode
         async with cluster.client(idle_s=30) as client:
             found = []
@@ -297,8 +301,8 @@ async def test_at_the_bound_of_a_drain_running_streams_are_handed_to_another_wor
 
 async def test_a_draining_worker_sends_new_requests_elsewhere(redis_url: str, hold: Hold) -> None:
     expected = await unbroken(LONG)
-    hold.after = [20]
     async with running(redis_url, num_decode=2, drain_s=60.0) as cluster:
+        hold.at(cluster.decode[0], 20)
         leaving, _ = cluster.decode
         async with cluster.client(idle_s=30) as client:
             old = client.items(PROMPT, LONG)
