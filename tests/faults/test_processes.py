@@ -14,7 +14,7 @@ import time
 import grpc
 import pytest
 
-from engine.completion import Completion
+from engine.completion import Completion, Delta, Finished, StreamItem
 from engine.errors import EngineFault
 from engine.sampling_params import SamplingParams
 from engine.wire import prompt_to_wire
@@ -22,6 +22,7 @@ from quire.v1 import inference_pb2_grpc
 from tests.faults.fleet import LEASE_S, Fleet, WorkerProcess, eventually, fresh_prompt
 from tests.faults.history import OK, Record, observe, violations
 from tests.faults.truth import Truth
+from tests.integration.streams import KINDS, PROMPT, collected, deltas_of, essence
 
 # The first of them starts all processes; that alone may take a minute where others work too.
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
@@ -129,6 +130,59 @@ async def test_a_decode_worker_killed_in_the_middle_costs_no_stream_a_token(
     assert violations(broken + whole, reference) == []
     assert {record.outcome for record in whole} == {OK}
     assert {record.outcome for record in broken} == {OK}
+
+
+async def broken_after(
+    fleet: Fleet, worker: WorkerProcess, params: SamplingParams, num_deltas: int
+) -> tuple[list[StreamItem], int]:
+    """A stream that began at ``worker``, killed when its caller had so many deltas; and how many
+    tokens it was resumed with."""
+    others = [each for each in fleet.decode if each is not worker]
+    items: list[StreamItem] = []
+    async with fleet.client([worker, *others]) as client:
+        async for item in client.items(PROMPT, params):
+            items.append(item)
+            if len(items) == num_deltas + 1:  # the first one is Started
+                worker.kill()
+    assert isinstance(items[-1], Finished)
+    return items, items[-1].usage.resumed_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", ["greedy", "penalties", "three choices", "logprobs"])
+async def test_killed_at_every_token_index_a_stream_goes_on_as_unbroken(
+    fleet: Fleet, truth: Truth, kind: str
+) -> None:
+    params = KINDS[kind]
+    expected = await truth.items(PROMPT, params)
+    num_deltas = sum(isinstance(item, Delta) for item in expected)
+    for index in range(num_deltas):
+        await fleet.whole()
+        worker = fleet.decode[index % len(fleet.decode)]
+        worker.pace(0.1)  # time to kill it before it says more
+        found, resumed = await broken_after(fleet, worker, params, index)
+        for choice in range(params.n):
+            assert deltas_of(found, choice) == deltas_of(expected, choice), index
+        whole, other = (collected(items, params).completions() for items in (found, expected))
+        assert essence(whole) == essence(other), index
+        assert index <= resumed < num_deltas, (index, resumed)
+
+
+async def test_a_decode_worker_killed_before_a_stream_has_begun_costs_it_nothing(
+    fleet: Fleet, truth: Truth
+) -> None:
+    dying, living = fleet.decode
+    dying.arm("submit", "kill")
+    async with fleet.client([dying, living]) as client:
+        found = [item async for item in client.items(PROMPT, KINDS["sampled"])]
+    assert not dying.alive
+    whole, other = (
+        collected(items, KINDS["sampled"]).completions()
+        for items in (found, await truth.items(PROMPT, KINDS["sampled"]))
+    )
+    assert essence(whole) == essence(other)
+    assert whole[0].usage.resumed_tokens == 0
 
 
 async def tokens_came(records: list[Record], num_records: int) -> None:

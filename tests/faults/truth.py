@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
+from engine.completion import StreamItem
 from engine.local import AsyncLocalEngine
 from engine.sampling_params import SamplingParams
 from tests.faults.history import Prompt, Reference
@@ -29,6 +30,10 @@ class Truth:
             found = await self._engine.generate([prompt], params)
             self._known[key] = {each.choice_index: each.token_ids for each in found}
         return self._known[key]
+
+    async def items(self, prompt: Sequence[int], params: SamplingParams) -> list[StreamItem]:
+        """All that its caller is told."""
+        return [item async for item in self._engine.items(prompt, params)]
 
     async def of(self, requests: Sequence[tuple[Prompt, SamplingParams]]) -> Reference:
         """For the checker of histories."""
