@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from decode_svc.decider import PREFERENCES
 from engine.config import setting
+from engine.core import CoreSettings
+from engine.modes import SPECULATION_MODES
 from engine.serving.settings import WorkerSettings
 
 
@@ -49,3 +51,13 @@ class DecodeSettings(WorkerSettings):
         help="take pages of other KV dtypes and numerics too where no others are to be had; "
         "the tokens are then not those of one engine",
     )
+    speculate: str = setting(
+        "off",
+        help="guess tokens and verify them in the step of the next one; lookup: copied from where "
+        "the last tokens stood before. It changes no token",
+        choices=SPECULATION_MODES,
+    )
+
+    @property
+    def core(self) -> CoreSettings:
+        return replace(super().core, speculate=self.speculate)

@@ -21,7 +21,7 @@ class TokenLogprobs:
 class Usage:
     """``output_tokens`` of all choices; ``resumed_tokens`` of them were made before the stream was
     last continued, by another worker or in another call. The rest tells of the worker that ended
-    it."""
+    it: ``accepted_tokens`` of the drafted ones were right, each took no pass of its own."""
 
     prompt_tokens: int
     output_tokens: int
@@ -29,6 +29,8 @@ class Usage:
     handed_over_tokens: int = 0
     preemptions: int = 0
     resumed_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from engine.outputs import (
     Prefilled,
     Reserved,
     StepStats,
+    TokenOutput,
 )
 from engine.plan import (
     Cancel,
@@ -47,6 +48,7 @@ from engine.plan import (
 from engine.recording import RecordedScheduler
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.sequence import Goal
+from engine.speculation import Speculator, StepTimes, measure_steps, open_speculator
 from engine.swapper import Swapper
 from engine.telemetry.clock import now_ns
 from engine.token_function import TokenChoice, choose, chosen
@@ -62,7 +64,7 @@ from kvstore.swap import open_swap
 log = logging.getLogger(__name__)
 
 Task = GenerateTask | PrefillTask
-Found = np.ndarray | int | EngineFault | None
+Found = np.ndarray | list[int] | EngineFault | None
 Choice = TokenChoice | QuireError
 
 
@@ -70,7 +72,8 @@ Choice = TokenChoice | QuireError
 class CoreSettings:
     """``num_pages`` slots of ``page_size`` tokens; ``check_pages`` checks the pool every step;
     ``record`` is a file for the scheduler's events and plans. ``swap_bytes`` is the
-    room for pages of preempted sequences, in host memory or in a file in ``swap_dir``."""
+    room for pages of preempted sequences, in host memory or in a file in ``swap_dir``.
+    ``speculate`` is one of ``engine.modes.SPECULATION_MODES``."""
 
     num_pages: int
     page_size: int = 32
@@ -79,6 +82,7 @@ class CoreSettings:
     record: Path | None = None
     swap_bytes: int = 0
     swap_dir: Path | None = None
+    speculate: str = "off"
 
 
 class EngineCore:
@@ -107,6 +111,8 @@ class EngineCore:
         self._generations: dict[str, Generation] = {}
         self._events: list[Event] = []
         self._outputs: list[Output] = []
+        self.speculator = self._open_speculator()
+        self._decoding: list[str] = []
         self.last_step = StepStats()
         self.totals = StepStats()
 
@@ -117,6 +123,9 @@ class EngineCore:
                 submit = Submit(task.name, Goal.PREFILL, task.prompt_ids, task.tenant)
             else:
                 self._generations[task.name] = Generation(task, self.model.spec, self.token_bytes)
+                if self.speculator is not None:
+                    tokens = (*task.prompt_ids, *task.output_ids)
+                    self.speculator.begin(task.name, tokens, task.tenant)
                 submit = Submit(
                     name=task.name,
                     goal=Goal.GENERATE,
@@ -140,13 +149,15 @@ class EngineCore:
     def forget(self, name: str) -> None:
         """No more output for a sequence; its cancellation is a matter of the scheduler."""
         self._generations.pop(name, None)
+        if self.speculator is not None:
+            self.speculator.forget(name)
 
     def step(self, deliver: Callable[[list[Output]], None]) -> bool:
         """One turn of the loop; whether there is more to do at once.
 
         Outputs are delivered before the model runs and after: a reservation need not wait for it.
         """
-        events, self._events = self._events, []
+        events, self._events = self._events + self._drafts(), []
         plan = self.scheduler.plan(events)
         self._swap(plan)
         self._publish_plan(plan)
@@ -162,6 +173,18 @@ class EngineCore:
         """Gives the swap room back; no step may follow."""
         if self._swapper is not None:
             self._swapper.close()
+
+    def _drafts(self) -> list[Event]:
+        """Of the sequences that the last step brought tokens."""
+        decoding, self._decoding = self._decoding, []
+        if self.speculator is None or not decoding:
+            return []
+        left = {
+            name: generation.num_left
+            for name in decoding
+            if (generation := self._generations.get(name)) is not None
+        }
+        return [*self.speculator.drafts(left, self.last_step.prompt_rows)]
 
     def _deliver(self, deliver: Callable[[list[Output]], None]) -> None:
         outputs, self._outputs = self._outputs, []
@@ -180,14 +203,17 @@ class EngineCore:
         base = self.progress.num_done
         found = self._forward(plan.rows, self.progress if plan.coming_pages else None)
         ended = now_ns()
-        outcomes = self._choose(found)
+        outcomes = self._choose(plan.rows, found)
+        self._decoding = [name for name, each in outcomes.items() if each and each.token_ids]
         effects = self.scheduler.complete(plan, outcomes)
         self._publish_chunks(plan.rows, started, ended)
         self._outputs += [Prefilled(name) for name in effects.prefilled]
         self._publish_faults(effects.faults)
         if plan.coming_pages:  # a step that failed on the way has told less
             self.progress.tell(base + self.layout.num_layers)
-        self.last_step = self._stats(plan.rows, ended - started)
+        self.last_step = self._stats(plan.rows, outcomes, ended - started)
+        if self.speculator is not None and not self.last_step.prompt_rows:
+            self.speculator.times.learn(self.last_step.step_rows, self.last_step.step_time)
         if self._swapper is not None:
             self._swapper.learn(self.last_step)
         self.totals += self.last_step
@@ -195,10 +221,12 @@ class EngineCore:
     def _forward(
         self, rows: Sequence[PlannedRows], progress: LayerProgress | None = None
     ) -> dict[str, Found]:
-        """Of each sequence's last row, if wanted, its logits ``[vocab_size]`` or, if that is enough
-        for all of them, the id of the largest; or why there are none."""
-        wanted = [row.name for row in rows if row.wants_logits]
-        best_only = not any(self._generations[name].needs_logits for name in wanted)
+        """Of each sequence's last rows, if wanted, their logits ``[rows, vocab_size]`` or, if that
+        is enough for all of them, the ids of the largest; or why there are none."""
+        wanted = [row for row in rows if row.wants_logits]
+        best_only = not any(
+            self._generations[row.name].needs_logits(row.num_logits) for row in wanted
+        )
         batch = ragged_batch(rows, best_only, progress)
         try:
             result = self.model.forward(batch, self.memory.kv, self.layout)
@@ -209,41 +237,76 @@ class EngineCore:
             log.warning("step failed; running its %d sequences one by one", len(rows))
             return {row.name: self._forward([row])[row.name] for row in rows}
         each = result.tolist() if best_only else result.numpy()
-        return {row.name: None for row in rows} | dict(zip(wanted, each, strict=True))
+        found: dict[str, Found] = dict.fromkeys((row.name for row in rows), None)
+        first = 0
+        for row in wanted:
+            found[row.name] = each[first : first + row.num_logits]
+            first += row.num_logits
+        return found
 
-    def _choose(self, found: Mapping[str, Found]) -> dict[str, Outcome | None]:
+    def _choose(
+        self, rows: Sequence[PlannedRows], found: Mapping[str, Found]
+    ) -> dict[str, Outcome | None]:
         """What the token function makes of each sequence; None for those that failed."""
-        logits = {name: row for name, row in found.items() if isinstance(row, np.ndarray)}
+        logits = {
+            row.name: (result, row.drafts)
+            for row in rows
+            if isinstance(result := found[row.name], np.ndarray)
+        }
         choices = self._choices(logits)
         outcomes: dict[str, Outcome | None] = {}
-        for name, row in found.items():
-            if row is None:
-                outcomes[name] = Outcome()
-            elif isinstance(row, int):
-                outcomes[name] = self._accept(name, chosen(row))
+        for row in rows:
+            result = found[row.name]
+            if result is None:
+                outcomes[row.name] = Outcome()
+            elif isinstance(result, list):
+                outcomes[row.name] = self._take(row, map(chosen, result))
+            elif isinstance(result, np.ndarray):
+                outcomes[row.name] = self._take(row, choices[row.name])
             else:
-                choice = choices[name] if isinstance(row, np.ndarray) else row
-                outcomes[name] = self._accept(name, choice)
+                outcomes[row.name] = self._take(row, [result])
         return outcomes
 
-    def _choices(self, logits: Mapping[str, np.ndarray]) -> Mapping[str, Choice]:
-        """Lets the token function choose for all sequences at once."""
+    def _choices(
+        self, logits: Mapping[str, tuple[np.ndarray, tuple[int, ...]]]
+    ) -> Mapping[str, Sequence[Choice]]:
+        """Lets the token function choose for all sequences, and after all drafts, at once."""
         try:
-            rows = [self._generations[name].prepare(row) for name, row in logits.items()]
-            return dict(zip(logits, choose(rows), strict=True))
+            rows = {name: self._generations[name].prepare(*each) for name, each in logits.items()}
+            choices = iter(choose([row for each in rows.values() for row in each]))
+            return {name: [next(choices) for _ in each] for name, each in rows.items()}
         except Exception:
             if len(logits) == 1:
                 log.exception("token function failed for sequence=%s", *logits)
-                return dict.fromkeys(logits, EngineFault("choosing a token failed"))
-            log.warning("choosing failed; asking for the %d tokens one by one", len(logits))
+                return {name: [EngineFault("choosing a token failed")] for name in logits}
+            log.warning("choosing failed; asking for the %d sequences one by one", len(logits))
             return {name: self._choices({name: row})[name] for name, row in logits.items()}
 
-    def _accept(self, name: str, choice: Choice) -> Outcome | None:
+    def _take(self, row: PlannedRows, choices: Iterable[Choice]) -> Outcome | None:
+        """Takes the first choice, and each next one while the drafts before it were right."""
+        token_ids: list[int] = []
+        finished = False
+        for choice, draft in zip_longest(choices, row.drafts):
+            num_drafts = 0 if token_ids else row.num_drafts
+            output = self._accept(row.name, choice, num_drafts, bool(token_ids))
+            if output is None:
+                return None
+            token_ids.append(output.token_id)
+            finished = output.finish is not None
+            if finished or output.token_id != draft:
+                break
+        if self.speculator is not None:
+            self.speculator.verified(row.name, row.drafts, token_ids)
+        return Outcome(tuple(token_ids), finished)
+
+    def _accept(
+        self, name: str, choice: Choice, num_drafts: int, drafted: bool
+    ) -> TokenOutput | None:
         """Takes a token into its sequence; None if the sequence failed."""
         try:
             if isinstance(choice, QuireError):
                 raise choice
-            output = self._generations[name].accept(choice)
+            output = self._generations[name].accept(choice, num_drafts, drafted)
         except QuireError as error:
             self._fail(name, error)
             return None
@@ -254,7 +317,7 @@ class EngineCore:
         self._outputs.append(output)
         if output.finish is not None:
             self.forget(name)
-        return Outcome(output.token_id, output.finish is not None)
+        return output
 
     def _fail(self, name: str, error: QuireError) -> None:
         self._outputs.append(Failed(name, error))
@@ -297,8 +360,9 @@ class EngineCore:
 
     def _publish_chunks(self, rows: Sequence[PlannedRows], started: int, ended: int) -> None:
         for row in rows:
-            if len(row.tokens) > 1 or not row.wants_logits:
-                chunk = ChunkDone(row.name, row.start, len(row.tokens), started, ended)
+            if len(row.tokens) > row.num_logits:
+                num_tokens = len(row.tokens) - row.num_drafts
+                chunk = ChunkDone(row.name, row.start, num_tokens, started, ended)
                 self._outputs.append(chunk)
 
     def _identity(self, page: FinishedPage | LentPage) -> PageIdentity:
@@ -311,15 +375,22 @@ class EngineCore:
         )
         return PageIdentity(reference, page.page_index, page.num_tokens)
 
-    def _stats(self, rows: Sequence[PlannedRows], elapsed_ns: int) -> StepStats:
+    def _stats(
+        self,
+        rows: Sequence[PlannedRows],
+        outcomes: Mapping[str, Outcome | None],
+        elapsed_ns: int,
+    ) -> StepStats:
         context = sum(row.start + len(row.tokens) for row in rows)
         num_rows = sum(len(row.tokens) for row in rows)
         return StepStats(
             steps=1,
             step_rows=num_rows,
-            prompt_rows=num_rows - sum(row.wants_logits for row in rows),
+            prompt_rows=num_rows - sum(row.num_logits for row in rows),
             step_bytes=self.model.spec.weight_bytes + context * self.layout.token_bytes,
             step_time=elapsed_ns / 1e9,
+            drafted_tokens=sum(row.num_drafts for row in rows),
+            accepted_tokens=sum(len(each.token_ids[1:]) for each in outcomes.values() if each),
         )
 
     def _scheduler(self) -> Scheduler:
@@ -334,6 +405,12 @@ class EngineCore:
             settings.record,
             num_swap_slots,
         )
+
+    def _open_speculator(self) -> Speculator | None:
+        if self.settings.speculate == "off":
+            return None
+        times = StepTimes(measure_steps(self.model, self.memory.kv, self.layout))
+        return open_speculator(self.settings.speculate, self.model.spec.vocab_size, times)
 
     def _open_swapper(self) -> Swapper | None:
         settings = self.settings
@@ -368,7 +445,11 @@ def ragged_batch(
     for index, row in enumerate(rows):
         table[index, : len(row.pages)] = row.pages
     positions = [np.arange(row.start, row.start + len(row.tokens)) for row in rows]
-    logit_rows = [end - 1 for row, end in zip(rows, starts[1:], strict=True) if row.wants_logits]
+    logit_rows = [
+        at
+        for row, end in zip(rows, starts[1:], strict=True)
+        for at in range(end - row.num_logits, end)
+    ]
     return RaggedBatch(
         token_ids=torch.tensor([token for row in rows for token in row.tokens], dtype=torch.int64),
         positions=torch.from_numpy(np.concatenate(positions).astype(np.int64)),

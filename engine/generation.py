@@ -53,6 +53,7 @@ class Generation:
         self, task: GenerateTask, spec: ModelSpec, token_bytes: Callable[[int], bytes]
     ) -> None:
         self._name = task.name
+        self._max_tokens = task.max_tokens
         self._output_ids = array("i")
         self._function = TokenFunction(
             params=task.params,
@@ -73,16 +74,24 @@ class Generation:
             self._tracker.push(token_id)
 
     @property
-    def needs_logits(self) -> bool:
-        """False if the id of the highest logit, the lowest of equal ones, is the next token."""
-        return not self._function.wants_argmax_only(len(self._output_ids))
+    def num_left(self) -> int:
+        """Tokens until its limit."""
+        return self._max_tokens - len(self._output_ids)
 
-    def prepare(self, logits: np.ndarray) -> Row:
-        """What choosing the next token from ``logits [vocab_size]`` fp32 takes."""
-        return self._function.row(logits, self._output_ids)
+    def needs_logits(self, num_rows: int = 1) -> bool:
+        """False if the ids of the highest logits, the lowest of equal ones, are the next tokens."""
+        first = len(self._output_ids)
+        return not all(map(self._function.wants_argmax_only, range(first, first + num_rows)))
 
-    def accept(self, choice: TokenChoice) -> TokenOutput:
-        """Takes the next token in."""
+    def prepare(self, logits: np.ndarray, drafts: tuple[int, ...] = ()) -> list[Row]:
+        """What choosing tokens from ``logits [rows, vocab_size]`` fp32 takes: the next one, and
+        those that would follow if the drafts were right."""
+        output = self._output_ids
+        before = [output, *(output + array("i", drafts[:end]) for end in range(1, len(logits)))]
+        return list(map(self._function.row, logits, before))
+
+    def accept(self, choice: TokenChoice, num_drafts: int, drafted: bool) -> TokenOutput:
+        """Takes the next token in; the last two are as its output tells them."""
         self._output_ids.append(choice.token_id)
         delta = self._tracker.push(choice.token_id)
         return TokenOutput(
@@ -93,4 +102,6 @@ class Generation:
             top_logprobs=choice.top_logprobs,
             finish=delta.finish,
             matched_stop=delta.matched_stop,
+            num_drafts=num_drafts,
+            drafted=drafted,
         )

@@ -28,7 +28,8 @@ class EngineOptions(TypedDict, total=False):
     """Keyword arguments of both engines.
 
     ``weights`` and ``kv`` are named as in ``engine.modes``, which has the defaults.
-    ``pool_tokens`` is the KV pool's size in tokens, ``page_size`` tokens per page.
+    ``pool_tokens`` is the KV pool's size in tokens, ``page_size`` tokens per page. ``speculate`` is
+    one of ``engine.modes.SPECULATION_MODES``: it changes no token.
     """
 
     weights: str
@@ -38,6 +39,7 @@ class EngineOptions(TypedDict, total=False):
     page_size: int
     limits: SchedulerLimits
     check_pages: bool
+    speculate: str
 
 
 class AsyncLocalEngine(AsyncClient):
@@ -53,6 +55,7 @@ class AsyncLocalEngine(AsyncClient):
             page_size=page_size,
             limits=options.get("limits", SchedulerLimits()),
             check_pages=options.get("check_pages", False),
+            speculate=options.get("speculate", "off"),
         )
         boot_id = secrets.token_bytes(BOOT_ID_BYTES)
         self.tokenizer = loaded.tokenizer

@@ -8,3 +8,6 @@ DEFAULT_WEIGHTS = "int8"
 
 def default_kv(weights: str) -> str:
     return "fp32" if weights == "fp32" else "bf16"
+
+
+SPECULATION_MODES = ("off", "lookup")

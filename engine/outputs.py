@@ -78,7 +78,11 @@ class Preempted:
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """One new token; ``text`` may lag behind. ``finish`` is set with the last token."""
+    """One new token; ``text`` may lag behind. ``finish`` is set with the last token.
+
+    ``num_drafts`` were verified by the pass that brought it, told with the pass's first token;
+    ``drafted`` tokens took no pass of their own.
+    """
 
     name: str
     token_id: int
@@ -87,6 +91,8 @@ class TokenOutput:
     top_logprobs: tuple[tuple[int, float], ...]
     finish: FinishReason | None
     matched_stop: str | int | None
+    num_drafts: int = 0
+    drafted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,7 @@ class StepStats:
 
     ``step_bytes`` is what they had to read of weights and KV (design, law 8); prompt rows are those
     whose logits nobody wanted. Pages are counted as they were swapped out, in, or not found intact.
+    Every accepted one of the drafted tokens saved a pass.
     """
 
     steps: int = 0
@@ -126,6 +133,8 @@ class StepStats:
     swapped_out: int = 0
     swapped_in: int = 0
     swap_lost: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def __add__(self, other: StepStats) -> StepStats:
         return StepStats(
@@ -137,4 +146,6 @@ class StepStats:
             self.swapped_out + other.swapped_out,
             self.swapped_in + other.swapped_in,
             self.swap_lost + other.swap_lost,
+            self.drafted_tokens + other.drafted_tokens,
+            self.accepted_tokens + other.accepted_tokens,
         )

@@ -61,18 +61,39 @@ class Measured:
     rates: Rates
 
 
-Event = Submit | Cancel | Landed | ReadsEnded | Lend | Measured
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """What may come next in a sequence. Counts for this step only, as far as there is room."""
+
+    name: str
+    tokens: tuple[int, ...]
+
+
+Event = Submit | Cancel | Landed | ReadsEnded | Lend | Measured | Drafted
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRows:
-    """``tokens`` of a sequence from position ``start`` on, with the page table they need."""
+    """``tokens`` of a sequence from position ``start`` on, with the page table they need.
+
+    The last ``num_drafts`` of them are guesses, to be verified.
+    """
 
     name: str
     start: int
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
     wants_logits: bool
+    num_drafts: int = 0
+
+    @property
+    def num_logits(self) -> int:
+        """Rows whose logits are wanted: the last ones."""
+        return self.num_drafts + 1 if self.wants_logits else 0
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        return self.tokens[len(self.tokens) - self.num_drafts :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +153,10 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a step brought one sequence: a token, and whether it was its last; or a failure."""
+    """What a step brought one sequence: tokens, all but the last of them drafted ones, and whether
+    it ended with them."""
 
-    token_id: int | None = None
+    token_ids: tuple[int, ...] = ()
     finished: bool = False
 
 

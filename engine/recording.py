@@ -95,7 +95,7 @@ def replay(path: Path) -> Iterator[Difference | None]:
                 recorded, given = line["plan"], _plain(plan)
             else:
                 outcomes = {
-                    name: None if told is None else Outcome(**told)
+                    name: None if told is None else _value(Outcome, told)
                     for name, told in line["outcomes"].items()
                 }
                 recorded, given = line["effects"], _plain(scheduler.complete(plan, outcomes))

@@ -183,6 +183,8 @@ class _Run:
         self._cached_tokens = 0
         self._handed_over = 0
         self._num_preemptions = 0
+        self._drafted_tokens = 0
+        self._accepted_tokens = 0
         self._intake: asyncio.Task[None] | None = None
         self._mailbox = engine.open([task.name for task in tasks], request.output_queue)
         engine.submit(tasks)
@@ -294,6 +296,8 @@ class _Run:
         if not self._times.first_token:
             self._times.first_token = now
             self._record(Lifecycle.JOIN, self._times.joined or now, now, {})
+        self._drafted_tokens += output.num_drafts
+        self._accepted_tokens += output.drafted
         first_index = self._counts[output.name]
         self._counts[output.name] += 1
         if output.finish is not None:
@@ -321,7 +325,12 @@ class _Run:
             Lifecycle.DECODE,
             times.first_token or now,
             now,
-            {GEN_AI_USAGE_OUTPUT_TOKENS: num_output, "quire.preemptions": self._num_preemptions},
+            {
+                GEN_AI_USAGE_OUTPUT_TOKENS: num_output,
+                "quire.preemptions": self._num_preemptions,
+                "quire.drafted_tokens": self._drafted_tokens,
+                "quire.accepted_tokens": self._accepted_tokens,
+            },
         )
         # A stream resumed after its last token has no milestones: nothing took any time.
         got_pages, first_token = (
@@ -341,6 +350,8 @@ class _Run:
             handed_over_tokens=self._handed_over,
             preemptions=self._num_preemptions,
             resumed_tokens=self._num_resumed,
+            drafted_tokens=self._drafted_tokens,
+            accepted_tokens=self._accepted_tokens,
         )
         return Finished(usage, timings, self._prefilled())
 

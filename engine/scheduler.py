@@ -23,6 +23,7 @@ from engine.lending import Grant, Lend, Lending
 from engine.plan import (
     Admission,
     Cancel,
+    Drafted,
     Event,
     Fault,
     FinishedPage,
@@ -88,6 +89,7 @@ class Scheduler:
         self._leased: dict[str, list[int]] = {}
         self._lending = Lending(pool)
         self._faults: list[Fault] = []
+        self._drafts: dict[str, tuple[int, ...]] = {}
         self._rates = Rates()
         self._swap_outs: list[SwapOut] = []
 
@@ -127,6 +129,7 @@ class Scheduler:
         preempted = self._grow()
         admitted = self._admit()
         rows, coming = self._plan_rows()
+        self._drafts.clear()
         return StepPlan(
             rows=tuple(rows),
             admissions=tuple(admitted.admissions),
@@ -151,17 +154,17 @@ class Scheduler:
                 continue
             with self._guarded(rows):
                 sequence = self._sequences[rows.name]
-                sequence.num_computed += len(rows.tokens)
+                sequence.take(len(rows.tokens) - rows.num_drafts, outcome.token_ids)
                 self._seal_full_pages(sequence)
                 if sequence.has_prompt:
                     self._wake_followers(sequence.name)
                 if sequence.goal is Goal.PREFILL and sequence.num_remaining == 0:
                     self._end_prefill(sequence)
                     prefilled.append(sequence.name)
-                if outcome.token_id is not None:
-                    sequence.tokens.append(outcome.token_id)
                 if outcome.finished:
                     self._drop(rows.name)
+                elif rows.num_drafts:
+                    self._trim(sequence)
         return StepEffects(tuple(prefilled), self._take_faults())
 
     # -- events
@@ -182,6 +185,8 @@ class Scheduler:
                 self._rates = rates
             case Lend():
                 self._lending.ask(event)
+            case Drafted(name, tokens):
+                self._drafts[name] = tokens
 
     def _submit(self, event: Submit) -> None:
         assert event.name not in self._sequences, event.name
@@ -315,6 +320,23 @@ class Scheduler:
             return False
         sequence.pages += slots
         return True
+
+    def _trim(self, sequence: Sequence) -> None:
+        """Gives back the pages that only rejected drafts needed."""
+        keep = self.pool.pages_for(sequence.num_wanted)
+        excess, sequence.pages = sequence.pages[keep:], sequence.pages[:keep]
+        self.pool.release(excess, sequence.name)
+
+    def _drafts_of(self, sequence: Sequence, num_rows: int) -> tuple[int, ...]:
+        """The drafts that fit into so many rows of the step and into pages nobody else needs."""
+        drafts = self._drafts.get(sequence.name, ())[: max(num_rows, 0)]
+        if not drafts or sequence.goal is not Goal.GENERATE or sequence.num_remaining != 1:
+            return ()
+        end = len(sequence.tokens)
+        missing = self.pool.pages_for(end + len(drafts)) - len(sequence.pages)
+        if missing > 0 and self.pool.num_available - missing >= len(self._running):
+            sequence.pages += self.pool.allocate(missing, sequence.name) or ()
+        return drafts[: len(sequence.pages) * self.pool.page_size - end]
 
     def _share_budget(self) -> Iterator[tuple[str, int]]:
         """The rows of each running sequence in this step.
@@ -467,8 +489,11 @@ class Scheduler:
 
     def _plan_rows(self) -> tuple[list[PlannedRows], list[FinishedPage]]:
         rows, coming = [], []
-        for name, count in self._share_budget():
-            each = self._rows(name, count)
+        shares = list(self._share_budget())
+        left = self.limits.max_step_tokens - sum(count for _, count in shares)
+        for name, count in shares:
+            each = self._rows(name, count, left)
+            left -= each.num_drafts
             with self._guarded(each):
                 coming += self._announce_coming(each)
                 rows.append(each)
@@ -488,16 +513,18 @@ class Scheduler:
                 grants.append(self._lending.grant(event, needed))
         return tuple(grants)
 
-    def _rows(self, name: str, count: int) -> PlannedRows:
+    def _rows(self, name: str, count: int, most_drafts: int) -> PlannedRows:
         sequence = self._sequences[name]
         start = sequence.num_computed
         end = start + count
+        drafts = self._drafts_of(sequence, most_drafts)
         return PlannedRows(
             name=name,
             start=start,
-            tokens=tuple(sequence.tokens[start:end]),
-            pages=tuple(sequence.pages[: self.pool.pages_for(end)]),
+            tokens=(*sequence.tokens[start:end], *drafts),
+            pages=tuple(sequence.pages[: self.pool.pages_for(end + len(drafts))]),
             wants_logits=sequence.goal is Goal.GENERATE and end == len(sequence.tokens),
+            num_drafts=len(drafts),
         )
 
 

@@ -55,6 +55,12 @@ class Sequence:
     def last_name(self) -> bytes:
         return self.page_names[-1] if self.page_names else ROOT
 
+    def take(self, num_rows: int, token_ids: tuple[int, ...]) -> None:
+        """So many of its tokens were computed and brought new ones. All but the last of these were
+        drafted, their K and V stand in pages too; that of other drafts is overwritten later."""
+        self.num_computed += num_rows + max(len(token_ids) - 1, 0)
+        self.tokens += token_ids
+
     def shareable_names(self) -> list[bytes]:
         """Names of the full pages another sequence may have computed: all before the last token."""
         return self.hasher.full_pages(self.tokens[: len(self.tokens) - 1])

@@ -6,7 +6,7 @@ import argparse
 
 from engine.client import BlockingClient
 from engine.errors import InvalidRequest, PeerUnavailable
-from engine.modes import DEFAULT_WEIGHTS, KV_MODES, WEIGHT_MODES
+from engine.modes import DEFAULT_WEIGHTS, KV_MODES, SPECULATION_MODES, WEIGHT_MODES
 from engine.sampling_params import SamplingParams
 from engine.state import read_up_state, state_dir
 
@@ -58,7 +58,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a name or a path (default: smollm2, or what is served)")
     parser.add_argument("--weights", choices=WEIGHT_MODES)
     parser.add_argument("--kv", choices=KV_MODES)
-    parser.add_argument("--draft", help="reserved for speculation")
+    parser.add_argument(
+        "--speculate",
+        choices=SPECULATION_MODES,
+        help="guess tokens and verify them; it changes none",
+    )
+    parser.add_argument("--draft", help="reserved for drafts of a model")
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +79,7 @@ def add_place(parser: argparse.ArgumentParser) -> None:
 def open_engine(options: argparse.Namespace) -> BlockingClient:
     """The engine the flags ask for: in this process, at an endpoint, or what ``quire up`` runs."""
     if options.draft is not None:
-        raise InvalidRequest("--draft", "speculation is not supported yet", "leave it out")
+        raise InvalidRequest("--draft", "not supported yet", "--speculate lookup, or leave it out")
     if options.local:
         from engine.local import LocalEngine
         from engine.progress import default_progress
@@ -84,10 +89,11 @@ def open_engine(options: argparse.Namespace) -> BlockingClient:
             weights=options.weights or DEFAULT_WEIGHTS,
             kv=options.kv,
             progress=default_progress(),
+            speculate=options.speculate or "off",
         )
-    if options.weights is not None or options.kv is not None:
+    if (options.weights, options.kv, options.speculate) != (None, None, None):
         raise InvalidRequest(
-            "--weights and --kv", "a running service has its own", "only with --local"
+            "--weights, --kv and --speculate", "a running service has its own", "only with --local"
         )
     from engine.remote import RemoteEngine
 

@@ -34,8 +34,7 @@ def busy() -> Scheduler:
             Submit("leased", Goal.PREFILL, tuple(range(50, 70))),
         ]
     )
-    tokens = {rows.name: 7 if rows.wants_logits else None for rows in plan.rows}
-    scheduler.complete(plan, {name: Outcome(token) for name, token in tokens.items()})
+    scheduler.complete(plan, {rows.name: Outcome((7,) * rows.wants_logits) for rows in plan.rows})
     return scheduler
 
 

@@ -35,7 +35,7 @@ class Node:
 
     def step(self, *events: object) -> StepPlan:
         plan = self.scheduler.plan(events)  # type: ignore[arg-type]
-        outcomes = {rows.name: Outcome(7) if rows.wants_logits else Outcome() for rows in plan.rows}
+        outcomes = {rows.name: Outcome((7,) * rows.wants_logits) for rows in plan.rows}
         self.scheduler.complete(plan, outcomes)
         self.pool.check()
         return plan

@@ -31,8 +31,7 @@ def record(path: Path) -> None:
     def step(*events: Event) -> StepPlan:
         plan = scheduler.plan(events)
         outcomes = {
-            rows.name: Outcome(7 if rows.wants_logits else None, rows.start > 45)
-            for rows in plan.rows
+            rows.name: Outcome((7,) * rows.wants_logits, rows.start > 45) for rows in plan.rows
         }
         scheduler.complete(plan, dict(outcomes))
         pages = (*plan.finished_pages, *plan.coming_pages)
@@ -111,7 +110,7 @@ def test_the_command_counts_equal_answers_and_fails_at_a_difference(
 ) -> None:
     assert main(["replay", str(recording)]) == 0
     assert "all the same again" in capsys.readouterr().out
-    recording.write_text(recording.read_text().replace('"token_id":7', '"token_id":8', 1))
+    recording.write_text(recording.read_text().replace('"token_ids":[7]', '"token_ids":[8]', 1))
     assert main(["replay", str(recording)]) == 1
     assert "differs" in capsys.readouterr().err
     assert main(["replay", str(recording.parent / "nothing.jsonl")]) == 1

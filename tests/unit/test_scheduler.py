@@ -57,7 +57,7 @@ class Driver:
             if rows.wants_logits:
                 self.output[rows.name].append(7)
                 done = len(self.output[rows.name]) == self.lengths[rows.name]
-                outcomes[rows.name] = Outcome(7, done)
+                outcomes[rows.name] = Outcome((7,), done)
             else:
                 outcomes[rows.name] = Outcome()
         self.scheduler.complete(plan, outcomes)
@@ -341,7 +341,7 @@ def test_a_page_violation_ends_one_sequence_and_not_the_others() -> None:
     faults = []
     for _ in range(40):
         plan = driver.scheduler.plan([])
-        effects = driver.scheduler.complete(plan, {r.name: Outcome(7) for r in plan.rows})
+        effects = driver.scheduler.complete(plan, {r.name: Outcome((7,)) for r in plan.rows})
         faults += [*plan.faults, *effects.faults]
         driver.pool.ledger.check()
         if len(faults) or not plan.rows:

@@ -191,7 +191,7 @@ class Driver:
             self._events.append(Landed(each.name, num_pages * PAGE))
         outcomes = {
             rows.name: Outcome(
-                7 if rows.wants_logits else None,
+                (7,) * rows.wants_logits,
                 rows.start + len(rows.tokens) + 1 == self.lengths[rows.name],
             )
             for rows in plan.rows

@@ -558,6 +558,8 @@ class Usage(_message.Message):
     HANDED_OVER_TOKENS_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     RESUMED_TOKENS_FIELD_NUMBER: _builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens in the prompt."""
     output_tokens: _builtins.int
@@ -572,6 +574,10 @@ class Usage(_message.Message):
     """How often a choice lost its pages to others and was recomputed."""
     resumed_tokens: _builtins.int
     """Tokens of the output that were given in `resume`."""
+    drafted_tokens: _builtins.int
+    """Tokens that this decode service guessed and verified."""
+    accepted_tokens: _builtins.int
+    """How many of those were right: they took no pass of their own."""
     def __init__(
         self,
         *,
@@ -581,10 +587,12 @@ class Usage(_message.Message):
         handed_over_tokens: _builtins.int = ...,
         preemptions: _builtins.int = ...,
         resumed_tokens: _builtins.int = ...,
+        drafted_tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "handed_over_tokens", b"handed_over_tokens", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "resumed_tokens", b"resumed_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "cached_tokens", b"cached_tokens", "drafted_tokens", b"drafted_tokens", "handed_over_tokens", b"handed_over_tokens", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "resumed_tokens", b"resumed_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

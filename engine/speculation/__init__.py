@@ -1,0 +1,13 @@
+"""Speculation: guesses at the next tokens, verified in the step that computes the next one.
+
+The token function decides what comes; a guess only saves a pass where it was right (accept while
+the drafted token is the one that the function gives at its position). So the stream is the same
+with any proposer, none, or a changing one, and only its speed differs. ``proposer`` is what a
+proposer must do; ``lengths`` decides how many drafts of each sequence are worth their rows.
+"""
+
+from engine.speculation.lengths import StepTimes
+from engine.speculation.measure import measure_steps
+from engine.speculation.speculator import Speculator, open_speculator
+
+__all__ = ["Speculator", "StepTimes", "measure_steps", "open_speculator"]

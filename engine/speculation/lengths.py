@@ -1,0 +1,96 @@
+"""How many drafts are worth their rows: the most tokens per second, from what steps take here.
+
+A step of ``n`` rows takes ``StepTimes.seconds(n)``, measured on this machine with this model; a
+sequence whose drafts are right with probability ``a`` gains ``a`` of a token from the first,
+``a^2`` from the second. Rows go where the next one gains most, and as many of them as make expected
+tokens over expected time largest, which may be none: the goodput rule of SmartSpec (Liu et al.,
+2024, arXiv:2406.14066). Time changes which drafts are verified, never a token.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# What a rate remembers: a verified draft counts a tenth less with every one after it; without
+# drafts it returns to what the proposer promises, so that a sequence is tried again some day.
+_KEEP, _KEEP_IDLE = 0.9, 0.98
+_PRIOR_WEIGHT = 2.0
+# By how much a measured step moves what is known.
+_STEP = 0.05
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """How often a sequence's drafts were right lately."""
+
+    right: float = 0.0
+    tried: float = 0.0
+
+    def rate(self, confidence: float) -> float:
+        """The chance that a draft is right whose predecessors were; ``confidence`` is the
+        proposer's own estimate, which counts as two drafts tried."""
+        return (self.right + _PRIOR_WEIGHT * confidence) / (self.tried + _PRIOR_WEIGHT)
+
+    def verified(self, num_drafts: int, num_right: int) -> None:
+        """Of the drafts after the first wrong one nothing is known."""
+        self.right = self.right * _KEEP + num_right
+        self.tried = self.tried * _KEEP + num_right + (num_right < num_drafts)
+
+    def idle(self) -> None:
+        """A step without drafts."""
+        self.right *= _KEEP_IDLE
+        self.tried *= _KEEP_IDLE
+
+
+class StepTimes:
+    """Seconds of a decode step by its number of rows; between measured numbers a straight line."""
+
+    def __init__(self, measured: Mapping[int, float]) -> None:
+        """``measured``: seconds by rows, at least one. No step counts as longer than one of more
+        rows: whatever held it up was not its rows."""
+        self._rows = np.array(sorted(measured), dtype=np.float64)
+        seconds = [measured[int(rows)] for rows in self._rows]
+        self._seconds = np.minimum.accumulate(np.array(seconds)[::-1])[::-1]
+        self._extra = 0.0
+
+    def seconds(self, num_rows: int) -> float:
+        rows, seconds = self._rows, self._seconds
+        if num_rows > rows[-1]:
+            return float(seconds[-1] * num_rows / rows[-1]) + self._extra
+        return float(np.interp(num_rows, rows, seconds)) + self._extra
+
+    def learn(self, num_rows: int, seconds: float) -> None:
+        """A step took that long: contexts grow, machines get busy. All numbers move by the same."""
+        self._extra += _STEP * (seconds - self.seconds(num_rows))
+        self._extra = max(self._extra, -0.9 * float(self._seconds[0]))
+
+
+def best_lengths(
+    rates: Sequence[float], most: Sequence[int], num_tokens: int, num_rows: int, times: StepTimes
+) -> list[int]:
+    """How many drafts of each sequence to verify in a step that brings ``num_tokens`` with
+    ``num_rows`` rows anyway.
+
+    ``rates`` are the chances that a draft is right, ``most`` how many there are.
+    """
+    lengths, best = [0] * len(rates), [0] * len(rates)
+    tokens = float(num_tokens)
+    speed = tokens / times.seconds(num_rows)
+    gains = [(-rate, index) for index, rate in enumerate(rates) if most[index] > 0]
+    heapq.heapify(gains)
+    rows = num_rows
+    while gains:
+        gain, index = heapq.heappop(gains)
+        lengths[index] += 1
+        rows += 1
+        tokens -= gain
+        if tokens / times.seconds(rows) > speed:
+            speed = tokens / times.seconds(rows)
+            best = lengths.copy()
+        if lengths[index] < most[index]:
+            heapq.heappush(gains, (gain * rates[index], index))
+    return best

@@ -1,0 +1,45 @@
+"""What steps take on this machine with this model."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from engine.model import Model
+from kernels.layout import PageLayout
+from kernels.ragged import RaggedBatch
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+TRIES = 3
+
+
+def measure_steps(model: Model, kv: torch.Tensor, layout: PageLayout) -> dict[int, float]:
+    """Seconds of a step by its rows, the best of a few tries: consecutive rows of one sequence, as
+    verification has them. Writes into the first pages of ``kv``, which must belong to nobody."""
+    num_pages = int(kv.shape[0])
+    rows = [number for number in ROWS if number <= num_pages * layout.page_size]
+    return {number: _seconds(_rows_of_one(number, layout), model, kv, layout) for number in rows}
+
+
+def _seconds(batch: RaggedBatch, model: Model, kv: torch.Tensor, layout: PageLayout) -> float:
+    model.forward(batch, kv, layout)  # makes room for its numbers
+    times = []
+    for _ in range(TRIES):
+        began = time.perf_counter()
+        model.forward(batch, kv, layout)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _rows_of_one(number: int, layout: PageLayout) -> RaggedBatch:
+    pages = -(-number // layout.page_size)
+    positions = torch.arange(number)
+    return RaggedBatch(
+        token_ids=torch.zeros(number, dtype=torch.int64),
+        positions=positions,
+        query_starts=torch.tensor([0, number]),
+        page_tables=torch.arange(pages, dtype=torch.int32).unsqueeze(0),
+        logit_rows=positions,
+        best_only=True,
+    )

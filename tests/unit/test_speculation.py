@@ -1,0 +1,333 @@
+"""Drafts: where they come from, how many are worth it, and what a scheduler makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from engine.plan import Drafted, Outcome, StepPlan, Submit
+from engine.scheduler import Scheduler, SchedulerLimits
+from engine.sequence import Goal
+from engine.speculation import Speculator, StepTimes, open_speculator
+from engine.speculation.lengths import Acceptance, best_lengths
+from engine.speculation.prompt_lookup import PromptLookup
+from engine.speculation.proposer import Draft
+from engine.speculation.speculator import MOST_DRAFTS
+from kvstore.pool import PagePool
+from kvstore.prefix_hash import PrefixHasher
+
+FLAT = StepTimes({1: 1.0, 64: 1.0})
+DEAR = StepTimes({1: 1.0, 2: 2.0, 64: 64.0})
+PAGE = 16
+
+
+def draft_after(tokens: Sequence[int], most: int = 4) -> Draft:
+    lookup = PromptLookup()
+    lookup.begin("a", tokens[:-1], "")
+    lookup.extend("a", tokens[-1:])
+    return lookup.propose("a", most)
+
+
+# -- prompt lookup
+
+
+def test_what_followed_the_last_tokens_before_is_proposed() -> None:
+    assert draft_after([1, 2, 3, 4, 5, 6, 9, 1, 2, 3]).tokens == (4, 5, 6, 9)
+
+
+def test_the_latest_of_several_places_counts() -> None:
+    assert draft_after([1, 2, 7, 1, 2, 8, 1, 2], most=2).tokens == (8, 1)
+
+
+def test_a_longer_match_is_preferred_and_promises_more() -> None:
+    found = draft_after([5, 1, 2, 3, 7, 0, 1, 2, 3, 8, 5, 1, 2, 3], most=1)
+    assert found.tokens == (7,)
+    assert found.confidence > draft_after([2, 3, 7, 9, 2, 3], most=1).confidence
+
+
+def test_a_repetition_goes_on_past_the_end() -> None:
+    assert draft_after([0, 1, 2, 1, 2, 1, 2], most=5).tokens == (1, 2, 1, 2, 1)
+
+
+@pytest.mark.parametrize("tokens", [[1], [1, 2], [1, 2, 3, 4, 5]])
+def test_without_a_match_nothing_is_proposed(tokens: list[int]) -> None:
+    assert draft_after(tokens) == Draft()
+
+
+def test_sequences_do_not_see_each_other() -> None:
+    lookup = PromptLookup()
+    lookup.begin("a", [1, 2, 3, 4], "")
+    lookup.begin("b", [1, 2], "")
+    assert lookup.propose("b", 4) == Draft()
+    lookup.forget("a")
+    lookup.forget("a")
+
+
+# -- how many
+
+
+def test_free_rows_are_all_taken_and_dear_ones_not_at_all() -> None:
+    assert best_lengths([0.9, 0.1], [5, 5], 2, 2, FLAT) == [5, 5]
+    assert best_lengths([0.9, 0.1], [5, 5], 2, 2, DEAR) == [0, 0]
+
+
+def test_rows_go_where_they_gain_most() -> None:
+    until_four = StepTimes({1: 1.0, 4: 1.0, 5: 2.0, 64: 60.0})
+    assert best_lengths([0.9, 0.2], [5, 5], 2, 2, until_four) == [2, 0]
+    assert best_lengths([0.9, 0.9], [5, 5], 2, 2, until_four) == [1, 1]
+
+
+def test_a_plateau_behind_a_dear_row_is_found() -> None:
+    """The second row doubles the time, the next fourteen are free."""
+    steps = StepTimes({1: 1.0, 2: 2.0, 16: 2.0, 17: 60.0})
+    assert best_lengths([0.9], [15], 1, 1, steps) == [15]
+
+
+def test_rows_of_prompts_fill_the_step_and_bring_no_tokens() -> None:
+    until_64 = StepTimes({1: 1.0, 64: 1.0, 65: 9.0, 128: 20.0})
+    assert best_lengths([0.9], [3], 1, 1, until_64) == [3]
+    assert best_lengths([0.9], [3], 1, 64, until_64) == [0]
+
+
+def test_no_step_counts_as_longer_than_one_of_more_rows() -> None:
+    times = StepTimes({1: 9.0, 2: 1.0, 4: 2.0})
+    assert [times.seconds(rows) for rows in (1, 2, 3, 4, 8)] == [1.0, 1.0, 1.5, 2.0, 4.0]
+
+
+def test_times_follow_the_steps() -> None:
+    times = StepTimes({1: 1.0, 4: 2.0})
+    for _ in range(200):
+        times.learn(1, 3.0)
+    assert times.seconds(1) == pytest.approx(3.0, rel=0.01)
+    assert times.seconds(4) == pytest.approx(4.0, rel=0.01)
+    for _ in range(200):
+        times.learn(1, 0.0)
+    assert times.seconds(1) > 0
+
+
+def test_a_rate_begins_at_the_proposers_word_and_learns() -> None:
+    acceptance = Acceptance()
+    assert acceptance.rate(0.7) == pytest.approx(0.7)
+    for _ in range(50):
+        acceptance.verified(4, 0)
+    assert acceptance.rate(0.7) < 0.2
+    low = acceptance.rate(0.7)
+    for _ in range(500):
+        acceptance.idle()
+    assert acceptance.rate(0.7) == pytest.approx(0.7, rel=0.01)
+    for _ in range(50):
+        acceptance.verified(4, 4)
+    assert acceptance.rate(0.7) > 0.9 > low
+
+
+# -- the speculator
+
+
+class Fixed:
+    """Proposes the same, whatever the sequence."""
+
+    name = "fixed"
+
+    def __init__(self, *tokens: int) -> None:
+        self.tokens = tokens
+        self.known: dict[str, list[int]] = {}
+
+    def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
+        self.known[name] = list(tokens)
+
+    def extend(self, name: str, tokens: Sequence[int]) -> None:
+        self.known[name] += tokens
+
+    def propose(self, name: str, most: int) -> Draft:
+        return Draft(self.tokens, 0.9)
+
+    def forget(self, name: str) -> None:
+        del self.known[name]
+
+
+def speculator(*tokens: int) -> Speculator:
+    made = Speculator(Fixed(*tokens), vocab_size=10, times=FLAT)
+    made.begin("a", [1, 2], "")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("proposed", "used"),
+    [
+        ((1, 2, 3), (1, 2, 3)),
+        ((1, 10, 3), (1,)),
+        ((-1, 2), ()),
+        ((2**40,), ()),
+        (tuple(range(10)) * 4, (tuple(range(10)) * 2)[:MOST_DRAFTS]),
+    ],
+)
+def test_drafts_that_cannot_be_are_not_used(
+    proposed: tuple[int, ...], used: tuple[int, ...]
+) -> None:
+    drafted = speculator(*proposed).drafts({"a": 1000}, 0)
+    assert drafted == ([Drafted("a", used)] if used else [])
+
+
+def test_no_more_are_drafted_than_the_output_may_still_have() -> None:
+    assert speculator(1, 2, 3).drafts({"a": 3}, 0) == [Drafted("a", (1, 2))]
+    assert speculator(1, 2, 3).drafts({"a": 1}, 0) == []
+
+
+def test_what_was_accepted_is_counted_and_told_to_the_proposer() -> None:
+    made = speculator(1, 2, 3)
+    made.verified("a", (1, 2, 3), [1, 2, 7])
+    made.verified("a", (1, 2, 3), [5])
+    made.verified("a", (), [6])
+    assert isinstance(made.proposer, Fixed)
+    assert made.proposer.known["a"] == [1, 2, 1, 2, 7, 5, 6]
+    assert (made.stats.proposed, made.stats.accepted) == (6, 2)
+    assert made.stats.accepted_at[:3] == [1, 1, 0]
+    made.forget("a")
+    made.forget("a")
+    assert made.drafts({"a": 9}, 0) == []
+
+
+@pytest.mark.parametrize("method", ["begin", "extend", "propose", "forget"])
+def test_a_proposer_that_raises_costs_one_sequence_its_drafts(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = speculator(1, 2)
+
+    def broken(name: str, *_: object) -> Draft:
+        raise RuntimeError(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made.proposer, method, broken)
+        made.begin("bad", [1], "")
+        made.verified("bad", (), [1])
+        made.drafts({"bad": 9}, 0)
+        made.forget("bad")
+    assert made.stats.failures == 1
+    assert made.drafts({"bad": 9, "a": 9}, 0) == [Drafted("a", (1, 2))]
+
+
+def test_an_unknown_proposer_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="lookup, not 'magic'"):
+        open_speculator("magic", 10, FLAT)
+
+
+# -- the scheduler
+
+
+class Driver:
+    """A scheduler whose model counts upwards: after token ``t`` comes ``t + 1``."""
+
+    def __init__(self, num_pages: int, **limits: int) -> None:
+        self.pool = PagePool(num_pages, PAGE, clock=lambda: 0.0)
+        self.scheduler = Scheduler(
+            self.pool,
+            SchedulerLimits(**({"max_sequences": 4, "max_step_tokens": 64} | limits)),
+            lambda tenant: PrefixHasher(tenant, bytes(16), PAGE),
+        )
+
+    def step(self, *events: Submit | Drafted) -> StepPlan:
+        plan = self.scheduler.plan(events)
+        outcomes: dict[str, Outcome | None] = {}
+        for rows in plan.rows:
+            assert len(rows.pages) * PAGE >= rows.start + len(rows.tokens)
+            if not rows.wants_logits:
+                outcomes[rows.name] = Outcome()
+                continue
+            last = rows.tokens[-1 - rows.num_drafts]
+            right = [last + 1]
+            for draft in rows.drafts:
+                if draft != right[-1]:
+                    break
+                right.append(draft + 1)
+            outcomes[rows.name] = Outcome(tuple(right))
+        self.scheduler.complete(plan, outcomes)
+        self.scheduler.check()
+        return plan
+
+    def tokens(self, name: str = "a") -> list[int]:
+        sequence = self.scheduler.sequence(name)
+        assert sequence is not None
+        assert sequence.num_computed == len(sequence.tokens) - 1
+        used, needed = map(self.pool.pages_for, (sequence.num_computed, len(sequence.tokens)))
+        assert used <= len(sequence.pages) <= needed
+        return sequence.tokens
+
+    def start(self, num_prompt: int, name: str = "a") -> None:
+        self.step(Submit(name, Goal.GENERATE, tuple(range(num_prompt))))
+
+
+def test_right_drafts_are_tokens_and_wrong_ones_leave_no_trace() -> None:
+    driver = Driver(num_pages=8)
+    driver.start(10)
+    plan = driver.step(Drafted("a", (11, 12, 99, 14)))
+    assert plan.rows[0].tokens == (10, 11, 12, 99, 14)
+    assert (plan.rows[0].num_drafts, plan.rows[0].num_logits) == (4, 5)
+    assert driver.tokens() == list(range(14))
+    driver.step()
+    assert driver.tokens() == list(range(15))
+
+
+def test_pages_are_sealed_under_the_tokens_that_were_accepted() -> None:
+    one, other = Driver(num_pages=8), Driver(num_pages=8)
+    one.start(10)
+    one.step(Drafted("a", (11, 12, 13, 77, 15, 16, 17, 18)))
+    one.step(Drafted("a", tuple(range(15, 25))))
+    other.start(10)
+    while len(other.tokens()) < len(one.tokens()):
+        other.step()
+    first, second = (each.scheduler.sequence("a") for each in (one, other))
+    assert first is not None
+    assert second is not None
+    assert first.tokens == second.tokens
+    assert first.page_names == second.page_names
+    assert len(first.page_names) == 1
+
+
+def test_pages_that_only_rejected_drafts_needed_are_given_back() -> None:
+    driver = Driver(num_pages=8)
+    driver.start(14)
+    plan = driver.step(Drafted("a", (0,) * 15))
+    assert len(plan.rows[0].pages) == 2
+    assert len(driver.tokens()) == 16
+    assert driver.pool.num_available == 7
+
+
+def test_drafts_take_no_page_that_others_will_need() -> None:
+    driver = Driver(num_pages=3)
+    driver.start(15, "a")
+    driver.start(15, "b")  # "a" begins its second page, the last one
+    plan = driver.step(Drafted("a", (17, 18, 19)), Drafted("b", (16, 17)))
+    assert {rows.name: rows.num_drafts for rows in plan.rows} == {"a": 3, "b": 0}
+    assert not plan.preempted
+    assert driver.pool.num_available == 0
+
+
+def test_a_page_is_left_for_everyone_who_runs() -> None:
+    driver = Driver(num_pages=4)
+    driver.start(14, "a")
+    driver.start(4, "b")
+    plan = driver.step(Drafted("a", (16, 17, 18)))  # of two pages left, one would be taken
+    assert {rows.name: rows.num_drafts for rows in plan.rows} == {"a": 0, "b": 0}
+
+
+def test_drafts_are_cut_to_the_rows_that_are_left_in_a_step() -> None:
+    driver = Driver(num_pages=8, max_sequences=2, max_step_tokens=6)
+    for name in "ab":
+        driver.start(4, name)
+    driver.step()
+    last = len(driver.tokens("a")) - 1
+    drafts = tuple(range(last + 1, last + 9))
+    plan = driver.step(Drafted("a", drafts), Drafted("b", drafts))
+    assert sum(len(rows.tokens) for rows in plan.rows) == 6
+    assert [rows.num_drafts for rows in plan.rows] == [4, 0]
+
+
+def test_drafts_count_for_one_step_and_for_sequences_that_decode() -> None:
+    driver = Driver(num_pages=8, chunk_tokens=8)
+    plan = driver.step(
+        Submit("a", Goal.GENERATE, tuple(range(20))), Drafted("a", (20,)), Drafted("nobody", (1,))
+    )
+    assert [rows.num_drafts for rows in plan.rows] == [0]
+    assert [rows.num_drafts for rows in driver.step().rows] == [0]
+    assert driver.step().rows[0].tokens == (16, 17, 18, 19)
