@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-
-import grpc
+from typing import TYPE_CHECKING
 
 from decode_svc.decider import Decider
+from decode_svc.failures import PullFailed, telling_why
 from decode_svc.wanted import Wanted
 from decode_svc.workers import KnownWorkers
 from engine.core import EngineCore
@@ -25,13 +24,12 @@ from engine.telemetry.logs import fields
 from engine.telemetry.metrics import Metrics
 from engine.telemetry.tracing import stage_span
 from kvstore.index import WorkerRecord
-from kvstore.landing import Landing, LandingError
+from kvstore.landing import Landing
 from kvstore.page import PageFrame
 from kvstore.prefix_hash import PrefixHasher
-from kvstore.transports import PageSource, TransportUnavailable, receive
+from kvstore.transports import PageSource, receive
 from kvstore.transports.choice import Transports
 from kvstore.transports.grpc_wire import (
-    WireError,
     commit_from_wire,
     fingerprint_to_wire,
     frame_from_wire,
@@ -49,13 +47,8 @@ REFUSALS = ("absent", "busy")
 HARMLESS = (*REFUSALS, "resource_exhausted", "lease_over")
 log = logging.getLogger(__name__)
 
-
-class PullFailed(Exception):
-    """No page was taken over; ``reason`` is a short fixed word for metrics."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
+if TYPE_CHECKING:
+    PageStub = page_service_pb2_grpc.PageServiceAsyncStub
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +104,6 @@ class Fetcher:
         except PullFailed as failure:
             self._failed(failure, wanted, holder)
             return 0
-        finally:
-            self._tell(self._release(wanted, holder))
         self._metrics.pulls.labels("landed").inc()
         self._metrics.pulled_pages.inc(lease.num_pages)
         self._metrics.pulled_bytes.inc(num_bytes)
@@ -121,28 +112,47 @@ class Fetcher:
     async def _pull(
         self, wanted: Wanted, reservation: Reservation, holder: WorkerRecord, num_pages: int
     ) -> tuple[Lease, int]:
+        with telling_why(PullFailed, self._idle_s):
+            stub = await self._stub(holder, self._idle_s)
+            try:
+                return await self._lease_and_read(stub, wanted, reservation, holder, num_pages)
+            finally:
+                self._tell(self._release(wanted, holder))
+
+    async def _lease_and_read(
+        self,
+        stub: PageStub,
+        wanted: Wanted,
+        reservation: Reservation,
+        holder: WorkerRecord,
+        num_pages: int,
+    ) -> tuple[Lease, int]:
         core, first = self._core, reservation.num_cached_pages
         size = core.settings.page_size
         hasher = PrefixHasher(wanted.tenant, core.fingerprint.digest, size)
         names = hasher.full_pages(wanted.prompt_ids[: (first + num_pages) * size])
-        async with self._telling_why():
-            lease = await self._ask(wanted, holder, first, names[first:])
-            began = self._clock()
-            landing = Landing(
-                memory=core.memory,
-                hasher=hasher,
-                prompt_ids=wanted.prompt_ids[: (first + lease.num_pages) * size + 1],
-                first_page=first,
-                slots=reservation.slots[: lease.num_pages],
-                fingerprint=core.fingerprint.digest,
-                owner=bytes.fromhex(holder.boot_id),
-            )
-            num_bytes = await self._read(wanted, holder, lease, landing)
+        lease = await self._ask(stub, wanted, holder, first, names[first:])
+        began = self._clock()
+        landing = Landing(
+            memory=core.memory,
+            hasher=hasher,
+            prompt_ids=wanted.prompt_ids[: (first + lease.num_pages) * size + 1],
+            first_page=first,
+            slots=reservation.slots[: lease.num_pages],
+            fingerprint=core.fingerprint.digest,
+            owner=bytes.fromhex(holder.boot_id),
+        )
+        num_bytes = await self._read(stub, wanted, lease, landing)
         self._decider.saw_pull(lease.delay_s, self._clock() - began, num_bytes)
         return lease, num_bytes
 
     async def _ask(
-        self, wanted: Wanted, holder: WorkerRecord, first_page: int, names: list[bytes]
+        self,
+        stub: PageStub,
+        wanted: Wanted,
+        holder: WorkerRecord,
+        first_page: int,
+        names: list[bytes],
     ) -> Lease:
         """A lease on the first of the pages, at least one."""
         request = pb.LeasePagesRequest(
@@ -156,9 +166,8 @@ class Fetcher:
             ),
         )
         asked = self._clock()
-        response = await self._stub(holder).LeasePages(
-            request, timeout=min(self._idle_s, wanted.remaining_s)
-        )
+        timeout_s = min(self._idle_s, wanted.remaining_s)
+        response = await stub.LeasePages(request, timeout=timeout_s)
         if response.boot_id.hex() != holder.boot_id:
             raise PullFailed("boot_id", "another worker answered")
         if not response.pages:
@@ -173,12 +182,10 @@ class Fetcher:
         until = asked + lease_s_from_wire(response)
         return Lease(len(pages), frozenset(frames), source, until, delay_s)
 
-    async def _read(
-        self, wanted: Wanted, holder: WorkerRecord, lease: Lease, landing: Landing
-    ) -> int:
+    async def _read(self, stub: PageStub, wanted: Wanted, lease: Lease, landing: Landing) -> int:
         """Copies and verifies everything leased; returns its bytes."""
         request = pb.ReadPagesRequest(request_id=wanted.request_id, attempt=FIRST_ATTEMPT)
-        call = self._stub(holder).ReadPages(request, timeout=wanted.remaining_s)
+        call = stub.ReadPages(request, timeout=wanted.remaining_s)
         num_bytes = 0
         try:
             while True:
@@ -206,33 +213,14 @@ class Fetcher:
         if self._clock() >= lease.until:
             raise PullFailed("lease_over", "the lease ended during the read")
 
-    @asynccontextmanager
-    async def _telling_why(self) -> AsyncIterator[None]:
-        """Whatever goes wrong between two workers is a PullFailed."""
-        try:
-            yield
-        except LandingError as error:
-            raise PullFailed(error.reason, str(error)) from error
-        except TransportUnavailable as error:
-            raise PullFailed("transport", str(error)) from error
-        except WireError as error:
-            raise PullFailed("malformed", str(error)) from error
-        except TimeoutError as error:
-            raise PullFailed("silent", f"no message for {self._idle_s} s") from error
-        except grpc.aio.AioRpcError as error:
-            raise PullFailed(error.code().name.lower(), error.details() or "") from error
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise PullFailed("cancelled", "the channel was closed") from None
-
     async def _release(self, wanted: Wanted, holder: WorkerRecord) -> None:
         request = pb.ReleaseLeaseRequest(request_id=wanted.request_id, attempt=FIRST_ATTEMPT)
         try:
-            await self._stub(holder).ReleaseLease(request, timeout=RELEASE_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            log.info("release not delivered, the lease will run out: %s", error.code())
+            with telling_why(PullFailed, RELEASE_TIMEOUT_S):
+                stub = await self._stub(holder, RELEASE_TIMEOUT_S)
+                await stub.ReleaseLease(request, timeout=RELEASE_TIMEOUT_S)
+        except PullFailed as failure:
+            log.info("release not delivered, the lease will run out: %s", failure)
 
     def _failed(self, failure: PullFailed, wanted: Wanted, holder: WorkerRecord) -> None:
         facts = fields(
@@ -246,5 +234,6 @@ class Fetcher:
         if failure.reason not in HARMLESS:
             self._workers.failed(holder)
 
-    def _stub(self, holder: WorkerRecord) -> page_service_pb2_grpc.PageServiceAsyncStub:
-        return page_service_pb2_grpc.PageServiceStub(self._workers.channel(holder))
+    async def _stub(self, holder: WorkerRecord, timeout_s: float) -> PageStub:
+        channel = await self._workers.channel(holder, timeout_s)
+        return page_service_pb2_grpc.PageServiceStub(channel)

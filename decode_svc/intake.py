@@ -21,6 +21,7 @@ import grpc
 from opentelemetry.trace import Span, get_current_span
 
 from decode_svc.decider import Decider
+from decode_svc.failures import HandoverFailed, telling_why
 from decode_svc.fetch import Fetcher
 from decode_svc.places import conversion_facts, landing_of
 from decode_svc.sources import Sources
@@ -38,10 +39,9 @@ from engine.telemetry.tracing import current_context, record_stage, stage_span
 from kvstore.converting_landing import ConvertingLanding
 from kvstore.index import HandoverRecord, HandoverState, PageIndex, PageIndexError, WorkerRecord
 from kvstore.landing import Landing, LandingError
-from kvstore.transports import DEFAULT, PageSource, TransportUnavailable, receive
+from kvstore.transports import DEFAULT, PageSource, receive
 from kvstore.transports.choice import Transports
 from kvstore.transports.grpc_wire import (
-    WireError,
     commit_from_wire,
     fingerprint_to_wire,
     frames_from_wire,
@@ -58,14 +58,6 @@ log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     PrefillCall = grpc.aio.UnaryStreamCall[pb.PrefillRequest, pb.PrefillResponse]
-
-
-class HandoverFailed(Exception):
-    """A handover did not end with a valid commit; ``reason`` is a short fixed word for metrics."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
 
 
 @dataclass(slots=True)
@@ -162,11 +154,13 @@ class IntakeDesk:
             self._failed(HandoverFailed(error.reason, str(error)), wanted, worker)
             return None
         self._tell(self._offer(wanted, reservation, worker))
+        call: PrefillCall | None = None
         try:
             with stage_span(Lifecycle.HANDOVER) as span, self._metrics.handover_seconds.time():
-                call = self._call(wanted, landing, worker)
                 span.set_attribute("quire.worker", worker.boot_id)
-                with _reason_told(span):
+                with _reason_told(span), telling_why(HandoverFailed, self._idle_s):
+                    channel = await self._workers.channel(worker, self._idle_s)
+                    call = self._call(channel, wanted, landing, worker)
                     pulled = await self._pull(call, wanted, landing, worker)
                 span.set_attribute("quire.bytes", pulled.num_bytes)
                 span.set_attributes(conversion_facts(landing))
@@ -231,7 +225,11 @@ class IntakeDesk:
         )
 
     def _call(
-        self, wanted: Wanted, landing: Landing | ConvertingLanding, worker: WorkerRecord
+        self,
+        channel: grpc.aio.Channel,
+        wanted: Wanted,
+        landing: Landing | ConvertingLanding,
+        worker: WorkerRecord,
     ) -> PrefillCall:
         reader = self._workers.reader
         request = pb.PrefillRequest(
@@ -247,7 +245,7 @@ class IntakeDesk:
                 transport_to_wire, self._transports.readable(bytes.fromhex(worker.boot_id))
             ),
         )
-        stub = prefill_pb2_grpc.PrefillServiceStub(self._workers.channel(worker))
+        stub = prefill_pb2_grpc.PrefillServiceStub(channel)
         return stub.Prefill(request, timeout=wanted.remaining_s)
 
     async def _pull(
@@ -257,25 +255,9 @@ class IntakeDesk:
         landing: Landing | ConvertingLanding,
         worker: WorkerRecord,
     ) -> _Pulled:
-        """Pulls all pages and the commit. Raises HandoverFailed."""
+        """Pulls all pages and the commit."""
         clocked = _Clocked(called=time.monotonic())
-        try:
-            pulled = await self._read(call, landing, worker, clocked)
-        except LandingError as error:
-            raise HandoverFailed(error.reason, str(error)) from error
-        except TransportUnavailable as error:
-            raise HandoverFailed("transport", str(error)) from error
-        except WireError as error:
-            raise HandoverFailed("malformed", str(error)) from error
-        except TimeoutError as error:
-            raise HandoverFailed("silent", f"no message for {self._idle_s} s") from error
-        except grpc.aio.AioRpcError as error:
-            raise HandoverFailed(error.code().name.lower(), error.details() or "") from error
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise HandoverFailed("cancelled", "the channel was closed") from None
+        pulled = await self._read(call, landing, worker, clocked)
         self._decider.saw_handover(
             queued=worker.load.queued_tokens,
             delay_s=clocked.accepted - clocked.called,
@@ -346,21 +328,27 @@ class IntakeDesk:
         await self._index.offer_handover(record, HANDOVER_TTL_S)
 
     async def _settle(
-        self, call: PrefillCall, wanted: Wanted, worker: WorkerRecord, state: HandoverState
+        self, call: PrefillCall | None, wanted: Wanted, worker: WorkerRecord, state: HandoverState
     ) -> None:
         """Ends the call, tells the owner to drop its lease, and Redis how it ended."""
-        await _end(call, landed=state is HandoverState.LANDED)
-        stub = prefill_pb2_grpc.PrefillServiceStub(self._workers.channel(worker))
+        if call is not None:
+            await _end(call, landed=state is HandoverState.LANDED)
+            await self._release(wanted, worker, landed=state is HandoverState.LANDED)
+        await self._index.move_handover(wanted.request_id.hex(), FIRST_ATTEMPT, state)
+
+    async def _release(self, wanted: Wanted, worker: WorkerRecord, *, landed: bool) -> None:
         release = pb.ReleasePagesRequest(
             request_id=wanted.request_id,
             attempt=FIRST_ATTEMPT,
-            landed=state is HandoverState.LANDED,
+            landed=landed,
         )
         try:
-            await stub.ReleasePages(release, timeout=RELEASE_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            log.info("release not delivered, the lease will run out: %s", error.code())
-        await self._index.move_handover(wanted.request_id.hex(), FIRST_ATTEMPT, state)
+            with telling_why(HandoverFailed, RELEASE_TIMEOUT_S):
+                channel = await self._workers.channel(worker, RELEASE_TIMEOUT_S)
+                stub = prefill_pb2_grpc.PrefillServiceStub(channel)
+                await stub.ReleasePages(release, timeout=RELEASE_TIMEOUT_S)
+        except HandoverFailed as failure:
+            log.info("release not delivered, the lease will run out: %s", failure)
 
     def _tell(self, message: Awaitable[None]) -> None:
         """Off the request's path: a failure is logged and changes nothing."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import grpc
 
 from decode_svc.choose import choose_holder, choose_prefill
+from decode_svc.peer import Peer
 from decode_svc.reader import Reader
 from engine.serving.channels import open_channel
 from kvstore.index import PageIndex, PageIndexError, WorkerRecord
@@ -58,7 +59,7 @@ class KnownWorkers:
         self._known: dict[str, _Known] = {}
         self._avoid: dict[str, float] = {}
         self._sent: Counter[str] = Counter()
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._peers: dict[str, Peer] = {}
 
     def choose(self, hit_tokens: Mapping[str, int] | None = None) -> WorkerRecord | None:
         """The prefill worker that gets a prompt; see ``choose_prefill``."""
@@ -99,10 +100,12 @@ class KnownWorkers:
         """The worker broke a transfer of pages: leave it alone for a while."""
         self._avoid[worker.boot_id] = self._clock() + AVOID_S
 
-    def channel(self, worker: WorkerRecord) -> grpc.aio.Channel:
-        if worker.boot_id not in self._channels:
-            self._channels[worker.boot_id] = open_channel(worker.endpoint, "pages")
-        return self._channels[worker.boot_id]
+    async def channel(self, worker: WorkerRecord, timeout_s: float) -> grpc.aio.Channel:
+        """A channel to the worker, and to nobody else at its address; see ``Peer.channel``."""
+        if worker.boot_id not in self._peers:
+            channel = open_channel(worker.endpoint, "pages")
+            self._peers[worker.boot_id] = Peer(worker, channel)
+        return await self._peers[worker.boot_id].channel(timeout_s)
 
     async def refresh(self) -> None:
         """Reads the list once; a failure keeps what is known."""
@@ -153,6 +156,6 @@ class KnownWorkers:
         return "failed lately" if record.boot_id in self._avoid else record.state
 
     async def _close_unused(self) -> None:
-        for boot_id in self._channels.keys() - self._known.keys():
+        for boot_id in self._peers.keys() - self._known.keys():
             self._on_gone(bytes.fromhex(boot_id))
-            await self._channels.pop(boot_id).close()
+            await self._peers.pop(boot_id).close()

@@ -64,23 +64,35 @@ class _Lease:
 
 
 class PageServicer(page_service_pb2_grpc.PageServiceServicer):
-    """Lends this worker's cached pages; ``draining`` tells that it grants no more leases."""
+    """Tells who is here and lends this worker's cached pages; ``draining`` tells that it grants no
+    more leases."""
 
     def __init__(
         self,
         engine: AsyncEngine,
+        role: str,
         leases: Leases,
         transports: Transports,
         metrics: Metrics,
         draining: Callable[[], bool],
     ) -> None:
         self._engine = engine
+        self._role = role
         self._leases = leases
         self._transports = transports
         self._metrics = metrics
         self._draining = draining
         self._asking: dict[str, Mailbox] = {}
         self._lent: dict[str, _Lease] = {}
+
+    @maps_errors
+    async def Identify(
+        self, request: pb.IdentifyRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.IdentifyResponse:
+        core = self._engine.core
+        return pb.IdentifyResponse(
+            boot_id=core.boot_id, role=self._role, fingerprint=core.fingerprint.digest
+        )
 
     @maps_errors
     async def LeasePages(

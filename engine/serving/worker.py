@@ -206,6 +206,7 @@ class Worker(ABC):
     def _lend_pages(self) -> None:
         servicer = PageServicer(
             self.engine,
+            self.name,
             self.page_leases,
             self.transports,
             self.metrics,

@@ -58,9 +58,9 @@ def _forgive_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 async def forget_connections(node: Node) -> None:
     """The decode service connects anew for its next handover."""
     known = node.worker._workers  # type: ignore[attr-defined]
-    for channel in known._channels.values():
-        await channel.close()
-    known._channels.clear()
+    for peer in known._peers.values():
+        await peer.close()
+    known._peers.clear()
 
 
 async def right(client: AsyncClient, truth: Truth, num_tokens: int = 100) -> Completion:

@@ -478,9 +478,9 @@ async def test_a_channel_that_closes_under_a_handover_leaves_the_prompt_to_decod
         work = asyncio.create_task(client.generate([LONG], PARAMS))
         await until_busy(cluster.prefill[0])
         workers = cluster.decode[0].worker._workers  # type: ignore[attr-defined]
-        for channel in workers._channels.values():
-            await channel.close()
-        workers._channels.clear()
+        for peer in workers._peers.values():
+            await peer.close()
+        workers._peers.clear()
         (found,) = await work
         cluster.prefill[0].model.gate.set()
         assert found.token_ids == await expected_tokens()

@@ -14,12 +14,13 @@ import grpc.aio
 from tests.simulation.process import Process, current_process
 
 if TYPE_CHECKING:
-    from tests.simulation.network import Network
+    from tests.simulation.network import Channel, Network
 
 ROUTES = {
     "/quire.v1.PrefillService/Prefill": "prefill",
     "/quire.v1.PrefillService/ReleasePages": "release",
     "/quire.v1.InferenceService/Generate": "generate",
+    "/quire.v1.PageService/Identify": "identify",
 }
 WINDOW = 6  # messages that a server may be ahead of its reader
 _TINY_S = 1e-6  # between two messages of one stream: timers of equal time have no order
@@ -42,6 +43,7 @@ class Call:
         timeout_s: float | None,
         deserialize: Callable[[bytes], Any],
         route: str = "",
+        channel: Channel | None = None,
     ) -> None:
         self.route = route or ROUTES.get(path, path)
         self.number = network.num_calls[self.route]
@@ -49,6 +51,7 @@ class Call:
         self.client = current_process()
         self.server: Process | None = None
         self._network = network
+        self._channel = channel
         self._loop = network.loop
         self._endpoint = endpoint
         self._path = path
@@ -145,6 +148,8 @@ class Call:
     def cut(self) -> None:
         """The connection is gone; both ends learn it."""
         self._loop.call_later(self._latency("cut"), self._finish, _BROKEN)
+        if self._channel is not None:
+            self._channel.disconnect()
         self._end_handler()
 
     def _send(
@@ -213,6 +218,8 @@ class Call:
             self._finish(_REFUSED)
             return
         self.server = process
+        if self._channel is not None:
+            self._channel.connect(process)
         self._network.trace("request", self.route, self.number, request)
         wake = process.thawed(self._loop.now)
         if wake > self._loop.now:

@@ -44,13 +44,16 @@ class Network:
         self.reached: Callable[[str], None] = lambda what: None
         self.nobody = Process("nobody")
         self._calls: dict[Call, None] = {}
+        self._channels: list[Channel] = []
         self._faults: defaultdict[tuple[str, int, int], list[Fault]] = defaultdict(list)
         for fault in faults:
             self._faults[fault.node, fault.call, fault.message].append(fault)
 
     def open_channel(self, endpoint: str, **options: Any) -> Channel:
         """Stands in for ``grpc.aio.insecure_channel``."""
-        return Channel(self, endpoint)
+        channel = Channel(self, endpoint)
+        self._channels.append(channel)
+        return channel
 
     def faults(self, route: str, call: int, message: int) -> list[Fault]:
         return self._faults.get((route, call, message), [])
@@ -87,15 +90,41 @@ class Network:
         for call in list(self._calls):
             if process in (call.client, call.server):
                 call.cut()
+        for channel in self._channels:
+            if channel.server is process:
+                channel.disconnect()
 
 
 class Channel:
-    """The part of ``grpc.aio.Channel`` that stubs use."""
+    """The part of ``grpc.aio.Channel`` that stubs and ``Peer`` use.
+
+    It is connected to the process that its first call reached, until that dies or a call is cut.
+    """
 
     def __init__(self, network: Network, endpoint: str) -> None:
         self._network = network
         self._endpoint = endpoint
         self._calls: list[Call] = []
+        self._lost = asyncio.Event()
+        self.server: Process | None = None
+
+    def get_state(self) -> grpc.ChannelConnectivity:
+        states = grpc.ChannelConnectivity
+        return states.IDLE if self.server is None else states.READY
+
+    async def wait_for_state_change(self, state: grpc.ChannelConnectivity) -> None:
+        if self.get_state() is state:
+            await self._lost.wait()
+
+    def connect(self, process: Process) -> None:
+        if self.server is not process:
+            self.disconnect()
+            self.server = process
+
+    def disconnect(self) -> None:
+        self.server = None
+        self._lost.set()
+        self._lost = asyncio.Event()
 
     def unary_stream(
         self, path: str, request_serializer: Any, response_deserializer: Any, **_: Any
@@ -103,7 +132,13 @@ class Channel:
         def call(request: Any, timeout: float | None = None, **_: Any) -> Call:
             payload = request_serializer(request)
             made = Call(
-                self._network, self._endpoint, path, payload, timeout, response_deserializer
+                self._network,
+                self._endpoint,
+                path,
+                payload,
+                timeout,
+                response_deserializer,
+                channel=self,
             )
             self._calls.append(made)
             return made

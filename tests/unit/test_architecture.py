@@ -84,6 +84,7 @@ def test_protobuf_stays_where_bytes_cross() -> None:
         "decode_svc/__main__.py",
         "decode_svc/fetch.py",
         "decode_svc/intake.py",
+        "decode_svc/peer.py",
         "decode_svc/servicer.py",
         "engine/cli/pages.py",
         "engine/decode_channels.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import grpc
 import pytest
 
 from decode_svc.choose import choose_prefill
@@ -169,20 +170,39 @@ async def test_a_worker_whose_endpoint_another_one_has_taken_is_forgotten_at_onc
     assert workers.choose() == bystander
 
 
-async def test_a_worker_restarted_at_its_endpoint_gets_a_channel_of_its_own() -> None:
+async def test_a_worker_restarted_at_its_endpoint_gets_a_channel_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[str] = []
+
+    class Opened:
+        """A peer that is there."""
+
+        def __init__(self, worker: WorkerRecord, channel: grpc.aio.Channel) -> None:
+            opened.append(worker.boot_id)
+            self._channel = channel
+
+        async def channel(self, timeout_s: float) -> grpc.aio.Channel:
+            return self._channel
+
+        async def close(self) -> None:
+            await self._channel.close()
+
+    monkeypatch.setattr("decode_svc.workers.Peer", Opened)
     index = Index()
     workers = KnownWorkers(index, OURS, Clock())
     dead = worker("a")
     heir = replace(worker("b"), endpoint=dead.endpoint)
     index.listed = [dead]
     await workers.refresh()
-    old = workers.channel(dead)
+    old = await workers.channel(dead, 1.0)
     index.listed = [heir]
     await workers.refresh()
-    new = workers.channel(heir)
+    new = await workers.channel(heir, 1.0)
     assert new is not old
     await workers.refresh()
-    assert workers.channel(heir) is new
+    assert await workers.channel(heir, 1.0) is new
+    assert opened == [dead.boot_id, heir.boot_id]
     await workers.close()
 
 

@@ -25,27 +25,31 @@ _sym_db = _symbol_database.Default()
 from quire.v1 import pages_pb2 as quire_dot_v1_dot_pages__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bquire/v1/page_service.proto\x12\x08quire.v1\x1a\x14quire/v1/pages.proto\"\xc8\x01\n\x11LeasePagesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x30\n\x0b\x66ingerprint\x18\x03 \x01(\x0b\x32\x1b.quire.v1.LayoutFingerprint\x12\x12\n\nfirst_page\x18\x04 \x01(\r\x12\x15\n\rprefix_hashes\x18\x05 \x03(\x0c\x12\x31\n\ntransports\x18\x06 \x03(\x0b\x32\x1d.quire.v1.TransportDescriptor\"P\n\x0bGrantedPage\x12*\n\treference\x18\x01 \x01(\x0b\x32\x17.quire.v1.PageReference\x12\x15\n\rgroup_digests\x18\x02 \x03(\x0c\"\x9f\x01\n\x12LeasePagesResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\x0c\x12$\n\x05pages\x18\x02 \x03(\x0b\x32\x15.quire.v1.GrantedPage\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\x12\x0f\n\x07refusal\x18\x04 \x01(\t\x12\x30\n\ttransport\x18\x05 \x01(\x0b\x32\x1d.quire.v1.TransportDescriptor\"7\n\x10ReadPagesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"h\n\x11ReadPagesResponse\x12$\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x13.quire.v1.PageFrameH\x00\x12\"\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x10.quire.v1.CommitH\x00\x42\t\n\x07message\":\n\x13ReleaseLeaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"(\n\x14ReleaseLeaseResponse\x12\x10\n\x08released\x18\x01 \x01(\x08\x32\xed\x01\n\x0bPageService\x12G\n\nLeasePages\x12\x1b.quire.v1.LeasePagesRequest\x1a\x1c.quire.v1.LeasePagesResponse\x12\x46\n\tReadPages\x12\x1a.quire.v1.ReadPagesRequest\x1a\x1b.quire.v1.ReadPagesResponse0\x01\x12M\n\x0cReleaseLease\x12\x1d.quire.v1.ReleaseLeaseRequest\x1a\x1e.quire.v1.ReleaseLeaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bquire/v1/page_service.proto\x12\x08quire.v1\x1a\x14quire/v1/pages.proto\"\x11\n\x0fIdentifyRequest\"F\n\x10IdentifyResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\x0c\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\x0c\"\xc8\x01\n\x11LeasePagesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x30\n\x0b\x66ingerprint\x18\x03 \x01(\x0b\x32\x1b.quire.v1.LayoutFingerprint\x12\x12\n\nfirst_page\x18\x04 \x01(\r\x12\x15\n\rprefix_hashes\x18\x05 \x03(\x0c\x12\x31\n\ntransports\x18\x06 \x03(\x0b\x32\x1d.quire.v1.TransportDescriptor\"P\n\x0bGrantedPage\x12*\n\treference\x18\x01 \x01(\x0b\x32\x17.quire.v1.PageReference\x12\x15\n\rgroup_digests\x18\x02 \x03(\x0c\"\x9f\x01\n\x12LeasePagesResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\x0c\x12$\n\x05pages\x18\x02 \x03(\x0b\x32\x15.quire.v1.GrantedPage\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\x12\x0f\n\x07refusal\x18\x04 \x01(\t\x12\x30\n\ttransport\x18\x05 \x01(\x0b\x32\x1d.quire.v1.TransportDescriptor\"7\n\x10ReadPagesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"h\n\x11ReadPagesResponse\x12$\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x13.quire.v1.PageFrameH\x00\x12\"\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x10.quire.v1.CommitH\x00\x42\t\n\x07message\":\n\x13ReleaseLeaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"(\n\x14ReleaseLeaseResponse\x12\x10\n\x08released\x18\x01 \x01(\x08\x32\xb0\x02\n\x0bPageService\x12\x41\n\x08Identify\x12\x19.quire.v1.IdentifyRequest\x1a\x1a.quire.v1.IdentifyResponse\x12G\n\nLeasePages\x12\x1b.quire.v1.LeasePagesRequest\x1a\x1c.quire.v1.LeasePagesResponse\x12\x46\n\tReadPages\x12\x1a.quire.v1.ReadPagesRequest\x1a\x1b.quire.v1.ReadPagesResponse0\x01\x12M\n\x0cReleaseLease\x12\x1d.quire.v1.ReleaseLeaseRequest\x1a\x1e.quire.v1.ReleaseLeaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'quire.v1.page_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEASEPAGESREQUEST']._serialized_start=64
-  _globals['_LEASEPAGESREQUEST']._serialized_end=264
-  _globals['_GRANTEDPAGE']._serialized_start=266
-  _globals['_GRANTEDPAGE']._serialized_end=346
-  _globals['_LEASEPAGESRESPONSE']._serialized_start=349
-  _globals['_LEASEPAGESRESPONSE']._serialized_end=508
-  _globals['_READPAGESREQUEST']._serialized_start=510
-  _globals['_READPAGESREQUEST']._serialized_end=565
-  _globals['_READPAGESRESPONSE']._serialized_start=567
-  _globals['_READPAGESRESPONSE']._serialized_end=671
-  _globals['_RELEASELEASEREQUEST']._serialized_start=673
-  _globals['_RELEASELEASEREQUEST']._serialized_end=731
-  _globals['_RELEASELEASERESPONSE']._serialized_start=733
-  _globals['_RELEASELEASERESPONSE']._serialized_end=773
-  _globals['_PAGESERVICE']._serialized_start=776
-  _globals['_PAGESERVICE']._serialized_end=1013
+  _globals['_IDENTIFYREQUEST']._serialized_start=63
+  _globals['_IDENTIFYREQUEST']._serialized_end=80
+  _globals['_IDENTIFYRESPONSE']._serialized_start=82
+  _globals['_IDENTIFYRESPONSE']._serialized_end=152
+  _globals['_LEASEPAGESREQUEST']._serialized_start=155
+  _globals['_LEASEPAGESREQUEST']._serialized_end=355
+  _globals['_GRANTEDPAGE']._serialized_start=357
+  _globals['_GRANTEDPAGE']._serialized_end=437
+  _globals['_LEASEPAGESRESPONSE']._serialized_start=440
+  _globals['_LEASEPAGESRESPONSE']._serialized_end=599
+  _globals['_READPAGESREQUEST']._serialized_start=601
+  _globals['_READPAGESREQUEST']._serialized_end=656
+  _globals['_READPAGESRESPONSE']._serialized_start=658
+  _globals['_READPAGESRESPONSE']._serialized_end=762
+  _globals['_RELEASELEASEREQUEST']._serialized_start=764
+  _globals['_RELEASELEASEREQUEST']._serialized_end=822
+  _globals['_RELEASELEASERESPONSE']._serialized_start=824
+  _globals['_RELEASELEASERESPONSE']._serialized_end=864
+  _globals['_PAGESERVICE']._serialized_start=867
+  _globals['_PAGESERVICE']._serialized_end=1171
 # @@protoc_insertion_point(module_scope)

@@ -36,6 +36,11 @@ class PageServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Identify = channel.unary_unary(
+                '/quire.v1.PageService/Identify',
+                request_serializer=quire_dot_v1_dot_page__service__pb2.IdentifyRequest.SerializeToString,
+                response_deserializer=quire_dot_v1_dot_page__service__pb2.IdentifyResponse.FromString,
+                _registered_method=True)
         self.LeasePages = channel.unary_unary(
                 '/quire.v1.PageService/LeasePages',
                 request_serializer=quire_dot_v1_dot_page__service__pb2.LeasePagesRequest.SerializeToString,
@@ -57,6 +62,13 @@ class PageServiceServicer:
     """Lends full pages of this worker's prefix cache. The worker is the authority on its own pages: what
     the page index says about them is a hint.
     """
+
+    def Identify(self, request, context):
+        """Who is there. Asked on every new connection before anything of a prompt is sent over it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def LeasePages(self, request, context):
         """Asks for a run of pages by name; grants those of them that are here, from the first one on.
@@ -82,6 +94,11 @@ class PageServiceServicer:
 
 def add_PageServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Identify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Identify,
+                    request_deserializer=quire_dot_v1_dot_page__service__pb2.IdentifyRequest.FromString,
+                    response_serializer=quire_dot_v1_dot_page__service__pb2.IdentifyResponse.SerializeToString,
+            ),
             'LeasePages': grpc.unary_unary_rpc_method_handler(
                     servicer.LeasePages,
                     request_deserializer=quire_dot_v1_dot_page__service__pb2.LeasePagesRequest.FromString,
@@ -109,6 +126,33 @@ class PageService:
     """Lends full pages of this worker's prefix cache. The worker is the authority on its own pages: what
     the page index says about them is a hint.
     """
+
+    @staticmethod
+    def Identify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.PageService/Identify',
+            quire_dot_v1_dot_page__service__pb2.IdentifyRequest.SerializeToString,
+            quire_dot_v1_dot_page__service__pb2.IdentifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def LeasePages(request,

@@ -35,6 +35,8 @@ class PageServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PageServiceAsyncStub: ...
+    Identify: _grpc.UnaryUnaryMultiCallable[_page_service_pb2.IdentifyRequest, _page_service_pb2.IdentifyResponse]
+    """Who is there. Asked on every new connection before anything of a prompt is sent over it."""
     LeasePages: _grpc.UnaryUnaryMultiCallable[_page_service_pb2.LeasePagesRequest, _page_service_pb2.LeasePagesResponse]
     """Asks for a run of pages by name; grants those of them that are here, from the first one on."""
     ReadPages: _grpc.UnaryStreamMultiCallable[_page_service_pb2.ReadPagesRequest, _page_service_pb2.ReadPagesResponse]
@@ -49,6 +51,8 @@ class PageServiceAsyncStub(PageServiceStub):
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    Identify: _aio.UnaryUnaryMultiCallable[_page_service_pb2.IdentifyRequest, _page_service_pb2.IdentifyResponse]  # type: ignore[assignment]
+    """Who is there. Asked on every new connection before anything of a prompt is sent over it."""
     LeasePages: _aio.UnaryUnaryMultiCallable[_page_service_pb2.LeasePagesRequest, _page_service_pb2.LeasePagesResponse]  # type: ignore[assignment]
     """Asks for a run of pages by name; grants those of them that are here, from the first one on."""
     ReadPages: _aio.UnaryStreamMultiCallable[_page_service_pb2.ReadPagesRequest, _page_service_pb2.ReadPagesResponse]  # type: ignore[assignment]
@@ -60,6 +64,14 @@ class PageServiceServicer(metaclass=_abc_1.ABCMeta):
     """Lends full pages of this worker's prefix cache. The worker is the authority on its own pages: what
     the page index says about them is a hint.
     """
+
+    @_abc_1.abstractmethod
+    def Identify(
+        self,
+        request: _page_service_pb2.IdentifyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_page_service_pb2.IdentifyResponse, _abc.Awaitable[_page_service_pb2.IdentifyResponse]]:
+        """Who is there. Asked on every new connection before anything of a prompt is sent over it."""
 
     @_abc_1.abstractmethod
     def LeasePages(
