@@ -25,7 +25,14 @@ from prefill_svc import export
 from tests.faults.fleet import fresh_prompt
 from tests.faults.link import Flow, Link, free_port
 from tests.faults.truth import Truth
-from tests.integration.cluster import Cluster, Node, eventually, running, until
+from tests.integration.cluster import (
+    Cluster,
+    Node,
+    eventually,
+    keep_silent_connections,
+    running,
+    until,
+)
 from tests.integration.test_faults import failures
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -88,21 +95,22 @@ async def test_latency_and_jitter_make_a_handover_slower_and_nothing_else(
 
 
 async def test_a_link_of_single_bytes_or_little_bandwidth_holds_up_nobody_else(
-    redis_url: str, truth: Truth
+    redis_url: str, truth: Truth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with linked(redis_url) as (cluster, link), cluster.client() as client:
-        link.to_client.bytes_per_s = 20_000
+    keep_silent_connections(monkeypatch)
+    patient: dict[str, Any] = {"handover_idle_s": 60.0}
+    async with linked(redis_url, decode=patient) as (cluster, link), cluster.client() as client:
+        link.to_client.slice_bytes, link.to_client.bytes_per_s = 100, 2_000
         slow = asyncio.create_task(right(client, truth, 200))
-        await until(lambda: cluster.prefill[0].core.scheduler.num_sequences > 0)
-        short = [fresh_prompt(16)[:12] for _ in range(5)]
-        for prompt in short:
+        await until(lambda: link.to_client.num_bytes > 1_000)  # of 30,000
+        for _ in range(5):
+            prompt = fresh_prompt(16)[:12]
             (found,) = await client.generate([prompt], PARAMS)
             assert found.token_ids == await truth.tokens(prompt, PARAMS)
         assert not slow.done()
-        link.to_client.bytes_per_s = None
-        link.to_client.slice_bytes = 1
-        await slow
-        await right(client, truth, 40)
+        link.to_client.slice_bytes, link.to_client.bytes_per_s = 1, None
+        assert (await slow).prefilled == "remote", failures(cluster)
+        assert (await right(client, truth, 40)).prefilled == "remote"
 
 
 # -- cut

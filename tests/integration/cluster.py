@@ -129,8 +129,11 @@ class Cluster:
 def keep_silent_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stall of this machine, or bytes that take their time, do not pass for a lost peer."""
 
+    # gRPC also pings of its own accord, to measure bandwidth: that has a time-out as well.
+    impatient = ("grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms")
+
     def without_pings(given: options.Options) -> options.Options:
-        return tuple((name, value) for name, value in given if name != "grpc.keepalive_time_ms")
+        return tuple((name, value) for name, value in given if name not in impatient)
 
     monkeypatch.setattr(options, "_CHANNEL", without_pings(options._CHANNEL))
     monkeypatch.setattr(serving, "SERVER_OPTIONS", without_pings(serving.SERVER_OPTIONS))
