@@ -25,6 +25,7 @@ KINDS = {
     "handover": "a prompt's pages from process to process",
     "reuse": "a prompt's pages read from another worker's cache, beside computing them",
     "serve": "streams through the services beside the engine alone on the same cores",
+    "speculate": "tokens per second with drafts beside those without, on several kinds of text",
     "steal": "decode while another process takes one of the cores away",
     "memory": "the most memory a decode service takes",
     "quality": "how far each mode's next-token distributions are from fp32's",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import __main__ as cli
-from bench import decode, machine, prefill
+from bench import decode, machine, prefill, speculate
 from bench.decode import Steady, steady
 from bench.handover import exposed_s, handover_bytes
 from bench.limits import Phase, Workload, arithmetic_of, limit_ratio, limit_ratios, workload_of
@@ -21,7 +21,9 @@ from bench.machine import Machine, measure_machine
 from bench.options import loads, modes
 from bench.table import render_table
 from bench.timed_model import Call, TimedModel, longest_decode
+from engine.completion import Completion, Timings, Usage
 from engine.errors import InvalidRequest
+from engine.finish import FinishReason
 from engine.model.hash_model import HashModel
 from engine.model.load import load_model
 from engine.model.weights import Matrices
@@ -324,6 +326,56 @@ def test_decode_prints_one_json_object_and_keeps_progress_out_of_it(
         assert 0 < row["limit_ratio"] < 1
         assert 0 < row["outside_step"] < 1
     assert "decode batch 3 context 40: 2/2" in output.err
+
+
+def test_speculation_is_measured_in_pairs_of_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_machine(monkeypatch)
+    flags = "speculate --model hash --texts story --batch 1,3 --tokens 8 --repeat 2 --json"
+    assert cli.main(flags.split()) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["proposer"], row["text"], row["batch"]) for row in rows] == [
+        ("lookup", "story", 1),
+        ("lookup", "story", 3),
+    ]
+    for row in rows:
+        assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+        assert row["accepted_per_pass"] >= 1
+        assert row["drafted"] >= row["accepted"]
+
+
+def test_a_speedup_has_the_interval_of_its_pairs() -> None:
+    usage = Usage(prompt_tokens=3, output_tokens=12, drafted_tokens=10, accepted_tokens=4)
+    completion = Completion(
+        token_ids=(1,) * 12,
+        text="",
+        logprobs=None,
+        finish_reason=FinishReason.LENGTH,
+        seed=0,
+        usage=usage,
+        timings=Timings(0.0, 0.0, 0.0, 0.0),
+        prompt_ids=(1, 2, 3),
+        choice_index=0,
+        matched_stop=None,
+        prefilled="local",
+    )
+    found = [completion] * 2
+    row = speculate.figures([speculate.Pair(2.0, 1.0), speculate.Pair(8.0, 4.0)], found)
+    assert row["accepted_per_pass"] == pytest.approx(24 / 16)
+    assert row["speedup"] == row["speedup_low"] == row["speedup_high"] == pytest.approx(2.0)
+    assert row["tokens_per_s"] == pytest.approx(24 / 2.5)
+    spread = speculate.figures([speculate.Pair(1.0, 1.0), speculate.Pair(2.0, 1.0)], found)
+    assert spread["speedup"] == pytest.approx(2**0.5)
+    assert spread["speedup_low"] < 0.1 < 10 < spread["speedup_high"]
+
+
+def test_a_text_nobody_knows_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_machine(monkeypatch)
+    assert cli.main("speculate --model hash --texts poem --tokens 2".split()) == 1
+    assert "--texts: no kind of text is named 'poem'" in capsys.readouterr().err
 
 
 def test_a_tiny_model_has_a_share_of_the_limit(

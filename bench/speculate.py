@@ -1,0 +1,174 @@
+"""Speculation: tokens per second with drafts beside those without, in turn on the same model.
+
+Every pair runs the same prompts, greedily, once with the proposer and once without; which of the
+two goes first alternates. Prompts come from the prefix cache, so decoding is what is timed. The
+texts are of several kinds, because what can be guessed depends on them (``bench/prompts``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from math import exp, log, sqrt
+from pathlib import Path
+from statistics import fmean, median, stdev
+
+from bench.load import PAGE_SIZE, Report, Row
+from bench.machine import Machine
+from bench.options import add_batch, add_modes, count, names, open_models
+from engine.chat_template import ChatMessage
+from engine.completion import Completion
+from engine.errors import InvalidRequest
+from engine.local import AsyncLocalEngine
+from engine.model.load import LoadedModel
+from engine.modes import SPECULATION_MODES
+from engine.prompts import encode_prompt
+from engine.sampling_params import SamplingParams
+from engine.scheduler import SchedulerLimits
+
+PROMPTS = Path(__file__).with_name("prompts")
+TEXTS = ("chat", "summary", "code", "story")
+SEPARATOR = "\n====\n"
+# Two-sided 95 % of Student's t, by degrees of freedom; 2 for more.
+_STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_modes(parser)
+    add_batch(parser)
+    parser.add_argument(
+        "--proposers",
+        type=names,
+        default=SPECULATION_MODES[1:],
+        metavar=",".join(SPECULATION_MODES[1:]),
+        help="default all",
+    )
+    parser.add_argument("--texts", type=names, default=TEXTS, metavar=",".join(TEXTS))
+    parser.add_argument("--tokens", type=count, default=128, help="generated from each prompt")
+    parser.set_defaults(repeat=5)
+
+
+def run(options: argparse.Namespace, machine: Machine, report: Report) -> list[Row]:
+    return [
+        row
+        for loaded in open_models(options)
+        for batch in options.batch
+        for row in asyncio.run(bench_model(loaded, batch, options, report))
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Seconds without and with drafts."""
+
+    without_s: float
+    with_s: float
+
+
+async def bench_model(
+    loaded: LoadedModel, batch: int, options: argparse.Namespace, report: Report
+) -> list[Row]:
+    """A row for each proposer and text."""
+    rows = []
+    async with AsyncExitStack() as stack:
+        engines = {
+            name: await stack.enter_async_context(engine_of(loaded, name, batch, options.tokens))
+            for name in ("off", *options.proposers)
+        }
+        for text in options.texts:
+            batches = batches_of(loaded, text, batch)
+            for proposer in options.proposers:
+                report(f"speculate {proposer} {text} batch {batch}")
+                pairs, found = await bench_pairs(
+                    engines["off"], engines[proposer], batches, options.tokens, options.repeat
+                )
+                settings = {
+                    "proposer": proposer,
+                    "text": text,
+                    "weights": loaded.model.spec.weight_mode,
+                    "batch": batch,
+                }
+                rows.append(settings | figures(pairs, found))
+    return rows
+
+
+def engine_of(loaded: LoadedModel, speculate: str, batch: int, num_tokens: int) -> AsyncLocalEngine:
+    """Room for all prompts of a kind and what is generated from them."""
+    return AsyncLocalEngine(
+        loaded,
+        pool_tokens=max(batch, 4) * (1024 + 2 * num_tokens),
+        page_size=PAGE_SIZE,
+        limits=SchedulerLimits(max_sequences=batch, max_step_tokens=max(256, 16 * batch)),
+        speculate=speculate,
+    )
+
+
+Batch = list[tuple[int, ...]]
+
+
+def batches_of(loaded: LoadedModel, text: str, batch: int) -> list[Batch]:
+    """All prompts of a kind as token ids, in chat form, in batches to be run one after the other;
+    in large ones some stand more than once. Raises InvalidRequest for an unknown kind.
+    """
+    if text not in TEXTS:
+        raise InvalidRequest("--texts", f"no kind of text is named {text!r}", ", ".join(TEXTS))
+    each = (PROMPTS / f"{text}.txt").read_text().split(SEPARATOR)
+    encoded = [
+        encode_prompt([ChatMessage("user", prompt.strip())], loaded.tokenizer) for prompt in each
+    ]
+    starts = range(0, len(encoded), batch)
+    return [
+        [encoded[(start + number) % len(encoded)] for number in range(batch)] for start in starts
+    ]
+
+
+async def bench_pairs(
+    without: AsyncLocalEngine,
+    drafting: AsyncLocalEngine,
+    batches: Sequence[Batch],
+    num_tokens: int,
+    num_pairs: int,
+) -> tuple[list[Pair], list[Completion]]:
+    """The times, and what the drafting engine brought; asserts that both bring the same tokens."""
+    params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+    expected, _ = await timed(without, batches, params)
+    found, _ = await timed(drafting, batches, params)
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+    pairs = []
+    for number in range(num_pairs):
+        order = (without, drafting) if number % 2 else (drafting, without)
+        times = {engine: (await timed(engine, batches, params))[1] for engine in order}
+        pairs.append(Pair(times[without], times[drafting]))
+    return pairs, found
+
+
+async def timed(
+    engine: AsyncLocalEngine, batches: Sequence[Batch], params: SamplingParams
+) -> tuple[list[Completion], float]:
+    began = time.perf_counter()
+    found = [each for batch in batches for each in await engine.generate(batch, params)]
+    return found, time.perf_counter() - began
+
+
+def figures(pairs: Sequence[Pair], found: Sequence[Completion]) -> Row:
+    """The measured part of a row; the interval is that of the ratios' logarithms, at 95 %."""
+    num_tokens = sum(each.usage.output_tokens for each in found)
+    accepted = sum(each.usage.accepted_tokens for each in found)
+    logs = [log(pair.without_s / pair.with_s) for pair in pairs]
+    spread = 0.0
+    if len(logs) > 1:
+        spread = _STUDENT_T.get(len(logs) - 1, 2.0) * stdev(logs) / sqrt(len(logs))
+    return {
+        "tokens_per_s": num_tokens / median(pair.with_s for pair in pairs),
+        "tokens_per_s_off": num_tokens / median(pair.without_s for pair in pairs),
+        "accepted_per_pass": num_tokens / (num_tokens - accepted),
+        "drafted": sum(each.usage.drafted_tokens for each in found),
+        "accepted": accepted,
+        "speedup": exp(fmean(logs)),
+        "speedup_low": exp(fmean(logs) - spread),
+        "speedup_high": exp(fmean(logs) + spread),
+    }
