@@ -14,7 +14,9 @@ from decode_svc.servicer import InferenceServicer
 from decode_svc.workers import KnownWorkers
 from engine.admission import Capacity
 from engine.config import settings_from_command_line
-from engine.model.load import LoadedModel
+from engine.model import Model
+from engine.model.load import LoadedModel, load_draft
+from engine.progress import default_progress
 from engine.serving.late_handlers import LateHandlers
 from engine.serving.process import run_worker
 from engine.serving.worker import Worker
@@ -30,6 +32,12 @@ class DecodeWorker(Worker):
     _admission: Admission
     _desk: IntakeDesk
     _workers: KnownWorkers
+
+    def draft_model(self, loaded: LoadedModel) -> Model | None:
+        settings = self.settings
+        if settings.speculate != "model":
+            return None
+        return load_draft(loaded, settings.draft, settings.draft_weights, default_progress())
 
     def install(self, loaded: LoadedModel, capacity: Capacity, handlers: LateHandlers) -> None:
         settings = self.settings

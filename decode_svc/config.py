@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from decode_svc.decider import PREFERENCES
 from engine.config import setting
 from engine.core import CoreSettings
-from engine.modes import SPECULATION_MODES
+from engine.modes import DEFAULT_DRAFT_WEIGHTS, SPECULATION_MODES, WEIGHT_MODES
 from engine.serving.settings import WorkerSettings
 
 
@@ -54,8 +54,12 @@ class DecodeSettings(WorkerSettings):
     speculate: str = setting(
         "off",
         help="guess tokens and verify them in the step of the next one; lookup: copied from where "
-        "the last tokens stood before. It changes no token",
+        "the last tokens stood before; model: by another model. It changes no token",
         choices=SPECULATION_MODES,
+    )
+    draft: str = setting("", help="name or path of the model that guesses; the served one without")
+    draft_weights: str = setting(
+        DEFAULT_DRAFT_WEIGHTS, help="how its weights are kept", choices=WEIGHT_MODES
     )
 
     @property

@@ -16,7 +16,6 @@ from itertools import groupby, zip_longest
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from engine.errors import EngineFault, QuireError
 from engine.generation import GenerateTask, Generation, PrefillTask
@@ -45,15 +44,15 @@ from engine.plan import (
     StepPlan,
     Submit,
 )
+from engine.ragged_rows import ragged_batch
 from engine.recording import RecordedScheduler
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.sequence import Goal
-from engine.speculation import Speculator, StepTimes, measure_steps, open_speculator
+from engine.speculation import DraftModel, Speculator, StepTimes, measure_steps, open_speculator
 from engine.swapper import Swapper
 from engine.telemetry.clock import now_ns
 from engine.token_function import TokenChoice, choose, chosen
 from kernels.progress import LayerProgress
-from kernels.ragged import RaggedBatch
 from kvstore.fingerprint import LayoutFingerprint
 from kvstore.memory import PageMemory
 from kvstore.page import PageIdentity, PageReference
@@ -86,7 +85,10 @@ class CoreSettings:
 
 
 class EngineCore:
-    """Runs sequences of one model over one pool, whose bytes are in ``memory`` if given."""
+    """Runs sequences of one model over one pool, whose bytes are in ``memory`` if given.
+
+    ``draft`` proposes tokens where the settings ask for a model's; it has the target's vocabulary.
+    """
 
     def __init__(
         self,
@@ -96,6 +98,7 @@ class EngineCore:
         boot_id: bytes,
         clock: Callable[[], float] = time.monotonic,
         memory: PageMemory | None = None,
+        draft: Model | None = None,
     ) -> None:
         self.model = model
         self.boot_id = boot_id
@@ -111,7 +114,7 @@ class EngineCore:
         self._generations: dict[str, Generation] = {}
         self._events: list[Event] = []
         self._outputs: list[Output] = []
-        self.speculator = self._open_speculator()
+        self.speculator = self._open_speculator(draft)
         self._decoding: list[str] = []
         self.last_step = StepStats()
         self.totals = StepStats()
@@ -406,11 +409,17 @@ class EngineCore:
             num_swap_slots,
         )
 
-    def _open_speculator(self) -> Speculator | None:
+    def _open_speculator(self, draft: Model | None) -> Speculator | None:
         if self.settings.speculate == "off":
             return None
+        settings = self.settings
         times = StepTimes(measure_steps(self.model, self.memory.kv, self.layout))
-        return open_speculator(self.settings.speculate, self.model.spec.vocab_size, times)
+        draft_model = None
+        if draft is not None:
+            draft_model = DraftModel(
+                draft, settings.num_pages, settings.page_size, self._generations
+            )
+        return open_speculator(settings.speculate, self.model.spec.vocab_size, times, draft_model)
 
     def _open_swapper(self) -> Swapper | None:
         settings = self.settings
@@ -433,29 +442,4 @@ def fingerprint_of(model: Model, page_size: int) -> LayoutFingerprint:
         page_size=page_size,
         kv_dtype=spec.kv_dtype,
         layout_id=spec.page_layout(page_size).layout_id,
-    )
-
-
-def ragged_batch(
-    rows: Sequence[PlannedRows], best_only: bool = False, progress: LayerProgress | None = None
-) -> RaggedBatch:
-    """The planned rows as tensors, in the order of the plan."""
-    starts = np.cumsum([0] + [len(row.tokens) for row in rows])
-    table = np.full((len(rows), max(len(row.pages) for row in rows)), -1, dtype=np.int32)
-    for index, row in enumerate(rows):
-        table[index, : len(row.pages)] = row.pages
-    positions = [np.arange(row.start, row.start + len(row.tokens)) for row in rows]
-    logit_rows = [
-        at
-        for row, end in zip(rows, starts[1:], strict=True)
-        for at in range(end - row.num_logits, end)
-    ]
-    return RaggedBatch(
-        token_ids=torch.tensor([token for row in rows for token in row.tokens], dtype=torch.int64),
-        positions=torch.from_numpy(np.concatenate(positions).astype(np.int64)),
-        query_starts=torch.from_numpy(starts.astype(np.int64)),
-        page_tables=torch.from_numpy(table),
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
-        best_only=best_only,
-        progress=progress,
     )

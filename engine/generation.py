@@ -86,9 +86,12 @@ class Generation:
     def prepare(self, logits: np.ndarray, drafts: tuple[int, ...] = ()) -> list[Row]:
         """What choosing tokens from ``logits [rows, vocab_size]`` fp32 takes: the next one, and
         those that would follow if the drafts were right."""
+        return [self.row_after(row, drafts[:end]) for end, row in enumerate(logits)]
+
+    def row_after(self, logits: np.ndarray, drafts: tuple[int, ...]) -> Row:
+        """What choosing the token after these drafts from ``logits [vocab_size]`` takes."""
         output = self._output_ids
-        before = [output, *(output + array("i", drafts[:end]) for end in range(1, len(logits)))]
-        return list(map(self._function.row, logits, before))
+        return self._function.row(logits, output + array("i", drafts) if drafts else output)
 
     def accept(self, choice: TokenChoice, num_drafts: int, drafted: bool) -> TokenOutput:
         """Takes the next token in; the last two are as its output tells them."""

@@ -11,8 +11,9 @@ from engine.client import AsyncClient, BlockingClient, LoopThread
 from engine.completion import StreamItem, Waiting
 from engine.core import CoreSettings, EngineCore
 from engine.mailbox import AsyncEngine
-from engine.model.load import LoadedModel, load_model
-from engine.modes import DEFAULT_WEIGHTS
+from engine.model import Model
+from engine.model.load import LoadedModel, load_draft, load_model
+from engine.modes import DEFAULT_DRAFT_WEIGHTS, DEFAULT_WEIGHTS
 from engine.progress import ProgressSink
 from engine.prompts import Prompt, encode_prompt
 from engine.request import Request
@@ -29,7 +30,8 @@ class EngineOptions(TypedDict, total=False):
 
     ``weights`` and ``kv`` are named as in ``engine.modes``, which has the defaults.
     ``pool_tokens`` is the KV pool's size in tokens, ``page_size`` tokens per page. ``speculate`` is
-    one of ``engine.modes.SPECULATION_MODES``: it changes no token.
+    one of ``engine.modes.SPECULATION_MODES``: it changes no token. With "model" the model ``draft``
+    proposes, or the same model; its weights in the mode ``draft_weights``.
     """
 
     weights: str
@@ -40,6 +42,8 @@ class EngineOptions(TypedDict, total=False):
     limits: SchedulerLimits
     check_pages: bool
     speculate: str
+    draft: str
+    draft_weights: str
 
 
 class AsyncLocalEngine(AsyncClient):
@@ -60,7 +64,13 @@ class AsyncLocalEngine(AsyncClient):
         boot_id = secrets.token_bytes(BOOT_ID_BYTES)
         self.tokenizer = loaded.tokenizer
         self.capacity = Capacity.of(loaded.model.spec, settings.num_pages, page_size)
-        core = EngineCore(loaded.model, loaded.tokenizer.token_bytes, settings, boot_id)
+        core = EngineCore(
+            loaded.model,
+            loaded.tokenizer.token_bytes,
+            settings,
+            boot_id,
+            draft=_draft(loaded, options),
+        )
         self.engine = AsyncEngine(core)
         self.engine.start()
 
@@ -95,6 +105,13 @@ class LocalEngine(BlockingClient):
         loop = LoopThread("local-engine")
         self.local = loop.run(start())
         super().__init__(loop, self.local)
+
+
+def _draft(loaded: LoadedModel, options: EngineOptions) -> Model | None:
+    if options.get("speculate") != "model":
+        return None
+    weights = options.get("draft_weights", DEFAULT_DRAFT_WEIGHTS)
+    return load_draft(loaded, options.get("draft", ""), weights, options.get("progress"))
 
 
 def _loaded(model: str | LoadedModel, options: EngineOptions) -> LoadedModel:

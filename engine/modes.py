@@ -10,4 +10,5 @@ def default_kv(weights: str) -> str:
     return "fp32" if weights == "fp32" else "bf16"
 
 
-SPECULATION_MODES = ("off", "lookup")
+DEFAULT_DRAFT_WEIGHTS = "int4"
+SPECULATION_MODES = ("off", "lookup", "model")

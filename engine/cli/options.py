@@ -6,7 +6,13 @@ import argparse
 
 from engine.client import BlockingClient
 from engine.errors import InvalidRequest, PeerUnavailable
-from engine.modes import DEFAULT_WEIGHTS, KV_MODES, SPECULATION_MODES, WEIGHT_MODES
+from engine.modes import (
+    DEFAULT_DRAFT_WEIGHTS,
+    DEFAULT_WEIGHTS,
+    KV_MODES,
+    SPECULATION_MODES,
+    WEIGHT_MODES,
+)
 from engine.sampling_params import SamplingParams
 from engine.state import read_up_state, state_dir
 
@@ -63,7 +69,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         choices=SPECULATION_MODES,
         help="guess tokens and verify them; it changes none",
     )
-    parser.add_argument("--draft", help="reserved for drafts of a model")
+    parser.add_argument("--draft", help="model that drafts (default: the same model)")
+    parser.add_argument("--draft-weights", choices=WEIGHT_MODES, help="its weights")
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
@@ -78,8 +85,8 @@ def add_place(parser: argparse.ArgumentParser) -> None:
 
 def open_engine(options: argparse.Namespace) -> BlockingClient:
     """The engine the flags ask for: in this process, at an endpoint, or what ``quire up`` runs."""
-    if options.draft is not None:
-        raise InvalidRequest("--draft", "not supported yet", "--speculate lookup, or leave it out")
+    if options.speculate != "model" and (options.draft or options.draft_weights):
+        raise InvalidRequest("--draft and --draft-weights", "nobody drafts", "--speculate model")
     if options.local:
         from engine.local import LocalEngine
         from engine.progress import default_progress
@@ -90,6 +97,8 @@ def open_engine(options: argparse.Namespace) -> BlockingClient:
             kv=options.kv,
             progress=default_progress(),
             speculate=options.speculate or "off",
+            draft=options.draft or "",
+            draft_weights=options.draft_weights or DEFAULT_DRAFT_WEIGHTS,
         )
     if (options.weights, options.kv, options.speculate) != (None, None, None):
         raise InvalidRequest(

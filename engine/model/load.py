@@ -92,6 +92,21 @@ def load_model(
     return LoadedModel(LlamaModel(config, tensors, spec), source.tokenizer, name)
 
 
+def load_draft(
+    target: LoadedModel, name: str, weights: str, progress: ProgressSink | None = None
+) -> Model:
+    """A model that drafts for ``target``: the named one, or without a name the target's own, with
+    weights in the given mode. Raises ModelError unless both have the same tokens."""
+    loaded = load_model(name or target.name, weights=weights, progress=progress)
+    size = target.model.spec.vocab_size
+    if loaded.model.spec.vocab_size != size or any(
+        loaded.tokenizer.token_bytes(token) != target.tokenizer.token_bytes(token)
+        for token in range(size)
+    ):
+        raise ModelError(f"{loaded.name} cannot draft for {target.name}: its tokens are others")
+    return loaded.model
+
+
 def _served_name(name: str) -> str:
     """What requests call the model: its name, or that of its file or folder, never a path."""
     if name in PACKAGED:

@@ -17,6 +17,7 @@ from engine.admission import Capacity
 from engine.core import EngineCore
 from engine.errors import InvalidRequest, ShuttingDown
 from engine.mailbox import AsyncEngine
+from engine.model import Model
 from engine.model.load import LoadedModel, load_model
 from engine.progress import default_progress
 from engine.registration import Registration
@@ -86,6 +87,10 @@ class Worker(ABC):
     def install(self, loaded: LoadedModel, capacity: Capacity, handlers: LateHandlers) -> None:
         """Adds the role's own servicers; ``self.engine`` runs."""
 
+    def draft_model(self, loaded: LoadedModel) -> Model | None:
+        """What drafts for the loaded model, if the role drafts. Raises ModelError."""
+        return None
+
     @abstractmethod
     def queued_tokens(self) -> int:
         """Prompt tokens waiting or in progress here."""
@@ -110,7 +115,7 @@ class Worker(ABC):
             kv=None if settings.kv == "auto" else settings.kv,
             progress=default_progress(),
         )
-        core = await self._core(loaded)
+        core = await self._core(loaded, await asyncio.to_thread(self.draft_model, loaded))
         self.engine = AsyncEngine(core, self._engine_broke)
         self.engine.start()
         capacity = Capacity.of(loaded.model.spec, settings.core.num_pages, settings.page_size)
@@ -140,7 +145,7 @@ class Worker(ABC):
             ),
         )
 
-    async def _core(self, loaded: LoadedModel) -> EngineCore:
+    async def _core(self, loaded: LoadedModel, draft: Model | None) -> EngineCore:
         """The engine over memory that the transports asked for can use, and these transports."""
         wanted, size = self.settings.transports, self.settings.core
         layout = loaded.model.spec.page_layout(size.page_size)
@@ -151,7 +156,7 @@ class Worker(ABC):
             raise InvalidRequest("transports", str(error), "auto, or what can be had") from None
         log.info("transports", extra=fields(offered=",".join(self.transports.names)))
         token_bytes = loaded.tokenizer.token_bytes
-        return EngineCore(loaded.model, token_bytes, size, self.boot_id, memory=memory)
+        return EngineCore(loaded.model, token_bytes, size, self.boot_id, memory=memory, draft=draft)
 
     async def drain(self, timeout_s: float) -> None:
         self.state = "draining"

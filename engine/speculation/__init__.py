@@ -6,8 +6,9 @@ with any proposer, none, or a changing one, and only its speed differs. ``propos
 proposer must do; ``lengths`` decides how many drafts of each sequence are worth their rows.
 """
 
+from engine.speculation.draft_model import DraftModel
 from engine.speculation.lengths import StepTimes
 from engine.speculation.measure import measure_steps
 from engine.speculation.speculator import Speculator, open_speculator
 
-__all__ = ["Speculator", "StepTimes", "measure_steps", "open_speculator"]
+__all__ = ["DraftModel", "Speculator", "StepTimes", "measure_steps", "open_speculator"]

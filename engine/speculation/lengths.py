@@ -70,12 +70,18 @@ class StepTimes:
 
 
 def best_lengths(
-    rates: Sequence[float], most: Sequence[int], num_tokens: int, num_rows: int, times: StepTimes
+    rates: Sequence[float],
+    most: Sequence[int],
+    num_tokens: int,
+    num_rows: int,
+    times: StepTimes,
+    draft_s: float = 0.0,
 ) -> list[int]:
     """How many drafts of each sequence to verify in a step that brings ``num_tokens`` with
     ``num_rows`` rows anyway.
 
-    ``rates`` are the chances that a draft is right, ``most`` how many there are.
+    ``rates`` are the chances that a draft is right, ``most`` how many there are or may be; making
+    all of them one longer takes ``draft_s``.
     """
     lengths, best = [0] * len(rates), [0] * len(rates)
     tokens = float(num_tokens)
@@ -88,8 +94,9 @@ def best_lengths(
         lengths[index] += 1
         rows += 1
         tokens -= gain
-        if tokens / times.seconds(rows) > speed:
-            speed = tokens / times.seconds(rows)
+        speed_now = tokens / (times.seconds(rows) + draft_s * max(lengths))
+        if speed_now > speed:
+            speed = speed_now
             best = lengths.copy()
         if lengths[index] < most[index]:
             heapq.heappush(gains, (gain * rates[index], index))

@@ -7,7 +7,7 @@ after their latest occurrence makes a lookup one step, however long the sequence
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from engine.speculation.proposer import Draft
 
@@ -20,6 +20,8 @@ class PromptLookup:
     """Proposes what followed the longest match that it has a table for."""
 
     name = "lookup"
+    seconds_per_token = 0.0
+    expects = None
 
     def __init__(self) -> None:
         self._known: dict[str, _Index] = {}
@@ -31,8 +33,8 @@ class PromptLookup:
     def extend(self, name: str, tokens: Sequence[int]) -> None:
         self._known[name].extend(tokens)
 
-    def propose(self, name: str, most: int) -> Draft:
-        return self._known[name].draft(most)
+    def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:
+        return {name: self._known[name].draft(number) for name, number in most.items()}
 
     def forget(self, name: str) -> None:
         self._known.pop(name, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,17 @@ class Proposer(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def seconds_per_token(self) -> float:
+        """What one more token in all drafts takes; 0 if that is not worth counting."""
+        ...
+
+    @property
+    def expects(self) -> float | None:
+        """The confidence of its drafts where it is known before they are made. Their lengths are
+        then decided first; else as much as there is is drafted, and cut."""
+        ...
+
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
         """A new sequence, with its prompt and the output it has already."""
         ...
@@ -34,8 +45,8 @@ class Proposer(Protocol):
         """Tokens were chosen."""
         ...
 
-    def propose(self, name: str, most: int) -> Draft:
-        """At most ``most`` tokens after all that the sequence has."""
+    def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:
+        """Of each sequence at most so many tokens after all that it has."""
         ...
 
     def forget(self, name: str) -> None:

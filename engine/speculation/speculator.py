@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from engine.modes import SPECULATION_MODES
 from engine.plan import Drafted
+from engine.speculation.draft_model import DraftModel
 from engine.speculation.lengths import Acceptance, StepTimes, best_lengths
 from engine.speculation.prompt_lookup import PromptLookup
 from engine.speculation.proposer import Draft, Proposer
@@ -72,32 +75,55 @@ class Speculator:
         """For the next step, in which each of these sequences has a row and may still bring so many
         tokens, and which may have so many rows of prompts."""
         began = time.perf_counter()
-        known = {name: most for name, most in left.items() if name in self._acceptance}
-        each = {name: self._propose(name, most - 1) for name, most in known.items()}
-        found = {name: draft for name, draft in each.items() if draft.tokens}
+        most = {
+            name: min(number - 1, MOST_DRAFTS)
+            for name, number in left.items()
+            if number > 1 and name in self._acceptance
+        }
+        rows = (len(left), len(left) + prompt_rows)
+        if self.proposer.expects is None:
+            drafts = self._proposed(most)
+            lengths = self._lengths(
+                {name: len(each.tokens) for name, each in drafts.items()},
+                {name: each.confidence for name, each in drafts.items()},
+                rows,
+            )
+        else:
+            lengths = self._lengths(most, dict.fromkeys(most, self.proposer.expects), rows)
+            drafts = self._proposed(lengths)
         self.stats.draft_time += time.perf_counter() - began
-        if not found:
-            return []
-        rates = [self._acceptance[name].rate(draft.confidence) for name, draft in found.items()]
-        most = [len(draft.tokens) for draft in found.values()]
-        lengths = best_lengths(rates, most, len(left), len(left) + prompt_rows, self.times)
-        return [
-            Drafted(name, draft.tokens[:length])
-            for (name, draft), length in zip(found.items(), lengths, strict=True)
-            if length
-        ]
+        found = {name: draft.tokens[: lengths.get(name, 0)] for name, draft in drafts.items()}
+        return [Drafted(name, tokens) for name, tokens in found.items() if tokens]
 
-    def _propose(self, name: str, most: int) -> Draft:
-        most = min(most, MOST_DRAFTS)
-        if most < 1:
-            return Draft()
+    def _lengths(
+        self, most: Mapping[str, int], confidence: Mapping[str, float], rows: tuple[int, int]
+    ) -> dict[str, int]:
+        """Those of the drafts that are worth it. ``rows`` are those that bring tokens, and all."""
+        rates = [self._acceptance[name].rate(confidence[name]) for name in most]
+        draft_s = self.proposer.seconds_per_token
+        lengths = best_lengths(rates, list(most.values()), *rows, self.times, draft_s)
+        return {name: length for name, length in zip(most, lengths, strict=True) if length}
+
+    def _proposed(self, most: Mapping[str, int]) -> dict[str, Draft]:
+        """What can be used of the proposer's drafts. Of several sequences those go without for
+        which it raises when asked for each alone."""
+        if not most:
+            return {}
         try:
-            draft = self.proposer.propose(name, most)
+            drafts = self.proposer.propose(most)
         except Exception:
-            self._give_up(name)
-            return Draft()
-        usable = _usable(draft.tokens[:most], self._vocab_size)
-        return Draft(usable, min(max(draft.confidence, 0.0), 1.0))
+            if len(most) > 1:
+                each = [self._proposed({name: number}) for name, number in most.items()]
+                return {name: draft for part in each for name, draft in part.items()}
+            self._give_up(*most)
+            return {}
+        return {name: self._usable(drafts.get(name, Draft()), most[name]) for name in most}
+
+    def _usable(self, draft: Draft, most: int) -> Draft:
+        """Up to the first that is no token."""
+        vocabulary = range(self._vocab_size)
+        tokens = tuple(takewhile(vocabulary.__contains__, draft.tokens[:most]))
+        return Draft(tokens, min(max(draft.confidence, 0.0), 1.0))
 
     def _guarded(self, name: str, call: Callable[[], None]) -> None:
         try:
@@ -109,17 +135,9 @@ class Speculator:
         """The sequence goes on without drafts."""
         log.exception("proposer=%s failed for sequence=%s", self.proposer.name, name)
         self.stats.failures += 1
-        self._acceptance.pop(name, None)
-
-
-def _usable(tokens: Iterable[int], vocab_size: int) -> tuple[int, ...]:
-    """Up to the first that is no token."""
-    usable = []
-    for token in tokens:
-        if not 0 <= token < vocab_size:
-            break
-        usable.append(token)
-    return tuple(usable)
+        if self._acceptance.pop(name, None) is not None:
+            with suppress(Exception):
+                self.proposer.forget(name)
 
 
 def _num_equal(drafts: Sequence[int], token_ids: Sequence[int]) -> int:
@@ -129,10 +147,13 @@ def _num_equal(drafts: Sequence[int], token_ids: Sequence[int]) -> int:
     return min(len(drafts), len(token_ids))
 
 
-def open_speculator(proposer: str, vocab_size: int, times: StepTimes) -> Speculator:
-    """Of the named proposer. Raises ValueError for an unknown one."""
-    if proposer != "lookup":
-        raise ValueError(
-            f"proposer must be one of {', '.join(SPECULATION_MODES[1:])}, not {proposer!r}"
-        )
-    return Speculator(PromptLookup(), vocab_size, times)
+def open_speculator(
+    kind: str, vocab_size: int, times: StepTimes, draft: DraftModel | None = None
+) -> Speculator:
+    """Of a kind in SPECULATION_MODES but off; "model" takes ``draft``. Raises ValueError."""
+    if kind == "lookup":
+        return Speculator(PromptLookup(), vocab_size, times)
+    if kind == "model" and draft is not None:
+        return Speculator(draft, vocab_size, times)
+    names = ", ".join(SPECULATION_MODES[1:])
+    raise ValueError(f"speculate must be one of {names} (with a draft model), not {kind!r}")

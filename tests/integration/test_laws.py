@@ -15,11 +15,11 @@ import redis
 import torch
 
 from engine.completion import Completion
-from engine.core import ragged_batch
 from engine.errors import EngineFault
 from engine.local import AsyncLocalEngine
 from engine.model.load import LoadedModel, load_model
 from engine.plan import PlannedRows
+from engine.ragged_rows import ragged_batch
 from engine.recording import replay
 from engine.sampling_params import SamplingParams
 from kernels.ragged import RaggedBatch

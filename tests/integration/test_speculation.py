@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.completion import Completion, Finished, StreamItem
+from engine.errors import ModelError
 from engine.local import AsyncLocalEngine
-from engine.model.load import LoadedModel, load_model
+from engine.model.load import LoadedModel, load_draft, load_model
 from engine.recording import replay
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerLimits
-from engine.speculation import Speculator, StepTimes
+from engine.speculation import DraftModel, Speculator, StepTimes
 from engine.speculation.proposer import Draft
 from tests.integration.cluster import running
 from tests.integration.streams import KINDS, PROMPT, collected, deltas_of, essence
@@ -44,6 +45,8 @@ class Knowing:
     """Knows how every sequence goes on, but spoils what it says."""
 
     name = "knowing"
+    seconds_per_token = 0.0
+    expects = None
 
     def __init__(self, spoil: Spoil, sequences: Iterable[Sequence[int]]) -> None:
         self._spoil = spoil
@@ -56,7 +59,10 @@ class Knowing:
     def extend(self, name: str, tokens: Sequence[int]) -> None:
         self._known[name] += tokens
 
-    def propose(self, name: str, most: int) -> Draft:
+    def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:
+        return {name: self._draft(name, number) for name, number in most.items()}
+
+    def _draft(self, name: str, most: int) -> Draft:
         have = self._known[name]
         for sequence in self._sequences:
             if sequence[: len(have)] == have:
@@ -253,6 +259,85 @@ async def test_a_decode_service_that_copies_gives_the_same_stream_in_fewer_passe
     assert expected[0].usage.drafted_tokens == 0
 
 
+# -- a model that drafts
+
+
+def model_options(**more: object) -> dict[str, object]:
+    """The hash model drafts for itself: with the noise of the position it is always right."""
+    return {"page_size": 16, "check_pages": True, "speculate": "model", **more}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_model_that_drafts_chooses_with_the_targets_noise(kind: str) -> None:
+    params = KINDS[kind]
+    expected = await unbroken(params)
+    async with AsyncLocalEngine("hash", **model_options()) as engine:  # type: ignore[arg-type]
+        core = engine.engine.core
+        assert core.speculator is not None
+        core.speculator.times = FREE
+        found = await items_of(engine, params)
+        drafter = core.speculator.proposer
+        assert isinstance(drafter, DraftModel)
+        assert drafter.pool.num_available == core.settings.num_pages
+    check_same(found, expected, params)
+    usage = found[-1].usage  # type: ignore[union-attr]
+    assert usage.accepted_tokens > 0
+    # Only what came after an end inside a draft was drafted in vain.
+    assert usage.drafted_tokens - usage.accepted_tokens <= 15 * params.n
+
+
+async def test_a_model_that_drafts_feeds_only_what_it_has_not_seen() -> None:
+    """After right drafts one token, after wrong ones what was chosen instead."""
+    params = replace(KINDS["sampled"], max_tokens=40, ignore_eos=True)
+    expected = await unbroken(params)
+    async with AsyncLocalEngine("hash", **model_options()) as engine:  # type: ignore[arg-type]
+        speculator = engine.engine.core.speculator
+        assert speculator is not None
+        speculator.times = FREE
+        drafter = speculator.proposer
+        assert isinstance(drafter, DraftModel)
+        fed: list[int] = []
+        forward = drafter._forward
+
+        def counted(tokens: Mapping[str, list[int]], **how: bool) -> np.ndarray:
+            fed.extend(map(len, tokens.values()))
+            return forward(tokens, **how)
+
+        drafter._forward = counted  # type: ignore[method-assign]
+        found = await items_of(engine, params)
+    check_same(found, expected, params)
+    # Each token once, but the last of a draft, which was never fed, and its successor.
+    assert sum(fed) <= len(PROMPT) + 40 + 4
+    assert max(fed[1:]) <= 2
+
+
+async def test_a_model_that_drafts_without_room_leaves_streams_as_they_are() -> None:
+    params = replace(KINDS["sampled"], max_tokens=60, ignore_eos=True)
+    expected = await unbroken(params)
+    async with AsyncLocalEngine("hash", **model_options()) as engine:  # type: ignore[arg-type]
+        core = engine.engine.core
+        small = DraftModel(core.model, 5, 16, core._generations)
+        core.speculator = Speculator(small, core.model.spec.vocab_size, FREE)
+        found = await items_of(engine, params)
+        assert small.pool.num_available == 5
+    check_same(found, expected, params)
+    assert 0 < accepted(found) < 55
+
+
+async def test_a_decode_service_takes_a_model_that_drafts(redis_url: str) -> None:
+    params = replace(KINDS["sampled"], max_tokens=40)
+    expected = await unbroken(params)
+    async with running(redis_url, decode={"speculate": "model", "draft": "hash"}) as cluster:
+        async with cluster.client() as client:
+            found = [item async for item in client.items(PROMPT, params)]
+    check_same(found, expected, params)
+
+
+def test_a_model_of_other_tokens_cannot_draft() -> None:
+    with pytest.raises(ModelError, match="hash cannot draft for smollm2: its tokens are others"):
+        load_draft(load_model("smollm2", weights="int4"), "hash", "fp32")
+
+
 # -- the real model
 
 COPIED = (
@@ -266,7 +351,7 @@ def smollm2(request: pytest.FixtureRequest) -> LoadedModel:
     return load_model("smollm2", weights=request.param)
 
 
-async def test_the_real_model_writes_the_same_with_prompt_lookup(smollm2: LoadedModel) -> None:
+async def test_the_real_model_writes_the_same_with_every_proposer(smollm2: LoadedModel) -> None:
     """Greedy and sampled streams together in one batch, of two choices each."""
     wanted = [
         SamplingParams(temperature=0, seed=0, max_tokens=40),
@@ -275,11 +360,12 @@ async def test_the_real_model_writes_the_same_with_prompt_lookup(smollm2: Loaded
     ]
     prompts = [prompt for prompt in COPIED for _ in wanted]
     found = {}
-    for speculate in ("off", "lookup"):
+    for speculate in ("off", "lookup", "model"):
         options = {"speculate": speculate, "check_pages": True}
         async with AsyncLocalEngine(smollm2, **options) as engine:  # type: ignore[arg-type]
             if engine.engine.core.speculator is not None:
                 engine.engine.core.speculator.times = FREE
             found[speculate] = await engine.generate(prompts, wanted * len(COPIED))
-    assert essence(found["lookup"]) == essence(found["off"])
-    assert sum(each.usage.accepted_tokens for each in found["lookup"]) > 0
+    for speculate in ("lookup", "model"):
+        assert essence(found[speculate]) == essence(found["off"])
+        assert sum(each.usage.accepted_tokens for each in found[speculate]) > 0

@@ -374,7 +374,7 @@ def test_a_text_nobody_knows_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small_machine(monkeypatch)
-    assert cli.main("speculate --model hash --texts poem --tokens 2".split()) == 1
+    assert cli.main(["speculate", "--model", "hash", "--texts", "poem", "--tokens", "2"]) == 1
     assert "--texts: no kind of text is named 'poem'" in capsys.readouterr().err
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -26,7 +26,7 @@ def draft_after(tokens: Sequence[int], most: int = 4) -> Draft:
     lookup = PromptLookup()
     lookup.begin("a", tokens[:-1], "")
     lookup.extend("a", tokens[-1:])
-    return lookup.propose("a", most)
+    return lookup.propose({"a": most})["a"]
 
 
 # -- prompt lookup
@@ -59,7 +59,7 @@ def test_sequences_do_not_see_each_other() -> None:
     lookup = PromptLookup()
     lookup.begin("a", [1, 2, 3, 4], "")
     lookup.begin("b", [1, 2], "")
-    assert lookup.propose("b", 4) == Draft()
+    assert lookup.propose({"b": 4}) == {"b": Draft()}
     lookup.forget("a")
     lookup.forget("a")
 
@@ -128,6 +128,8 @@ class Fixed:
     """Proposes the same, whatever the sequence."""
 
     name = "fixed"
+    seconds_per_token = 0.0
+    expects: float | None = None
 
     def __init__(self, *tokens: int) -> None:
         self.tokens = tokens
@@ -139,8 +141,9 @@ class Fixed:
     def extend(self, name: str, tokens: Sequence[int]) -> None:
         self.known[name] += tokens
 
-    def propose(self, name: str, most: int) -> Draft:
-        return Draft(self.tokens, 0.9)
+    def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:
+        assert self.known.keys() >= most.keys()
+        return dict.fromkeys(most, Draft(self.tokens, 0.9))
 
     def forget(self, name: str) -> None:
         del self.known[name]
@@ -194,21 +197,24 @@ def test_a_proposer_that_raises_costs_one_sequence_its_drafts(
 ) -> None:
     made = speculator(1, 2)
 
-    def broken(name: str, *_: object) -> Draft:
-        raise RuntimeError(name)
+    def broken(names: str | Mapping[str, int], *_: object) -> object:
+        if "bad" in names:
+            raise RuntimeError(names)
+        return healthy(names)
 
+    healthy = getattr(made.proposer, method)
     with monkeypatch.context() as patch:
         patch.setattr(made.proposer, method, broken)
         made.begin("bad", [1], "")
         made.verified("bad", (), [1])
-        made.drafts({"bad": 9}, 0)
+        assert made.drafts({"bad": 9, "a": 9}, 0)[-1] == Drafted("a", (1, 2))
         made.forget("bad")
     assert made.stats.failures == 1
     assert made.drafts({"bad": 9, "a": 9}, 0) == [Drafted("a", (1, 2))]
 
 
 def test_an_unknown_proposer_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="lookup, not 'magic'"):
+    with pytest.raises(ValueError, match="one of lookup, model .*, not 'magic'"):
         open_speculator("magic", 10, FLAT)
 
 
