@@ -214,7 +214,7 @@ def test_a_proposer_that_raises_costs_one_sequence_its_drafts(
 
 
 def test_an_unknown_proposer_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="one of lookup, model .*, not 'magic'"):
+    with pytest.raises(ValueError, match=r"one of lookup, model .*, not 'magic'"):
         open_speculator("magic", 10, FLAT)
 
 
