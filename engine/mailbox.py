@@ -63,7 +63,10 @@ class Mailbox:
 
 
 class AsyncEngine:
-    """An engine worker seen from one event loop, for which ``digests`` has its pages' digests."""
+    """An engine worker seen from one event loop, for which ``digests`` has its pages' digests.
+
+    ``cache_changed`` is set when the prefix cache keeps other pages; who acts on it clears it.
+    """
 
     def __init__(self, core: EngineCore, on_broken: Callable[[], None] | None = None) -> None:
         self.core = core
@@ -72,6 +75,7 @@ class AsyncEngine:
         self._mailboxes: dict[str, Mailbox] = {}
         self.digests = PageDigests(core.memory)
         self._filling: set[str] = set()
+        self.cache_changed = asyncio.Event()
         self._ended: QuireError | None = None
         self.worker = EngineWorker(core, self._deliver, self._broken)
 
@@ -142,6 +146,8 @@ class AsyncEngine:
         self._loop.call_soon_threadsafe(self._dispatch, outputs)
 
     def _dispatch(self, outputs: Iterable[Output]) -> None:
+        if self.core.pool.has_news:
+            self.cache_changed.set()
         for output in outputs:
             mailbox = self._mailboxes.get(output.name)
             if mailbox is None:

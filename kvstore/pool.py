@@ -142,6 +142,11 @@ class PagePool:
         while self._idle:
             self._evict()
 
+    @property
+    def has_news(self) -> bool:
+        """Whether ``take_cache_changes`` has something to tell; any thread may ask."""
+        return bool(self._published or self._withdrawn)
+
     def take_cache_changes(self) -> tuple[list[bytes], list[bytes]]:
         """Names (published, withdrawn) since the last call, for the page index."""
         changes = self._published, self._withdrawn

@@ -135,6 +135,7 @@ class Worker(ABC):
         self.state = "serving"
         await self._registration.beat(all_pages=True)
         self.spawn(self._registration.run())
+        self.spawn(self._registration.tell_news())
         log.info(
             "loaded",
             extra=fields(
