@@ -43,13 +43,18 @@ class DecodeWorker(Worker):
         settings = self.settings
         self._admission = Admission(settings.max_requests, settings.max_queued_tokens)
         reader = Reader(self.engine.core.fingerprint, settings.allow_foreign_kv)
-        self._workers = KnownWorkers(self.index, reader, on_gone=self.transports.forget)
         decider = Decider(
             settings.prefill,
             settings.min_remote_tokens,
             self.engine.core.layout.token_bytes,
             time.monotonic,
         )
+
+        def gone(boot_id: bytes) -> None:
+            self.transports.forget(boot_id)
+            decider.peers.forget(boot_id.hex())
+
+        self._workers = KnownWorkers(self.index, reader, on_gone=gone)
         self._desk = IntakeDesk(
             self.engine,
             self._workers,

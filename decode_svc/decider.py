@@ -12,13 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from decode_svc.estimates import Delay, Rate
+from decode_svc.estimates import PeerCosts, Rate
 
-# Before anything was measured. They favour the prefill service: that is what it is there for.
-LOCAL_TOKENS_PER_S = 1_000.0
-REMOTE_TOKENS_PER_S = 2_000.0
-BYTES_PER_S = 200e6
-DELAY_S = 0.005
+LOCAL_TOKENS_PER_S = 1_000.0  # before anything was measured
 
 KEEP_MARGIN = 1.2  # the way taken last may be predicted this much slower than the best
 PROBE_AGE_S = 60.0  # a way not measured for so long may be tried,
@@ -51,7 +47,8 @@ class Situation:
     ``missing`` are not here; the first ``held`` of them lie in one other worker's cache, and the
     first ``hit`` in the cache of the prefill worker (negative: it lacks some that are here), which
     has ``queued`` others to compute first; ``queued`` is None without a prefill worker.
-    ``num_running`` sequences are decoded here.
+    ``num_running`` sequences are decoded here. ``holder`` and ``worker`` are the boot identities of
+    the cache's owner and of the prefill worker.
     """
 
     missing: int
@@ -59,6 +56,8 @@ class Situation:
     hit: int = 0
     queued: int | None = None
     num_running: int = 0
+    holder: str = ""
+    worker: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +89,7 @@ class Decider:
         self._clock = clock
         self._began = clock()
         self._local = Rate(LOCAL_TOKENS_PER_S)
-        self._remote = Rate(REMOTE_TOKENS_PER_S)
-        self._moving = Rate(BYTES_PER_S)
-        self._pulling = Rate(BYTES_PER_S)
-        self._remote_delay = Delay(DELAY_S)
-        self._pull_delay = Delay(DELAY_S)
+        self.peers = PeerCosts()
         self._last = Way.REMOTE
         self._num_since_probe = 0
 
@@ -108,7 +103,7 @@ class Decider:
             return Decision(Way.LOCAL, "only", predicted)
         best = min(predicted, key=lambda way: predicted[way])
         self._num_since_probe += 1
-        probe = self._to_probe(predicted, best)
+        probe = self._to_probe(situation, predicted, best)
         if probe is not None:
             self._num_since_probe = 0
             return Decision(probe, "probe", predicted)
@@ -122,14 +117,18 @@ class Decider:
         missing, rest = situation.missing, situation.missing - situation.held
         ways = {Way.LOCAL: self._local_s(missing, situation.num_running)}
         if situation.queued is not None:
-            ways[Way.REMOTE] = self._remote_s(missing, situation.hit, situation.queued)
-        pull_s = self._pull_s(situation.held)
+            ways[Way.REMOTE] = self._remote_s(
+                situation.worker, missing, situation.hit, situation.queued
+            )
+        pull_s = self._pull_s(situation.holder, situation.held)
         if not situation.held or pull_s > MAX_PULL_S:
             return ways
         ways[Way.PULL] = pull_s + self._local_s(rest, situation.num_running)
         if situation.queued is not None and rest >= self._min_remote_tokens:
             hit = situation.hit - situation.held
-            ways[Way.PULL_REMOTE] = pull_s + self._remote_s(rest, hit, situation.queued)
+            ways[Way.PULL_REMOTE] = pull_s + self._remote_s(
+                situation.worker, rest, hit, situation.queued
+            )
         return ways
 
     def saw_chunk(self, num_tokens: int, seconds: float) -> None:
@@ -138,44 +137,56 @@ class Decider:
             self._local.observe(num_tokens, seconds, self._clock())
 
     def saw_handover(
-        self, queued: int, delay_s: float, seconds: float, num_computed: int, num_bytes: int
+        self,
+        worker: str,
+        queued: int,
+        delay_s: float,
+        seconds: float,
+        num_computed: int,
+        num_bytes: int,
     ) -> None:
         """A prefill worker with so many tokens queued took up a prompt after ``delay_s``, and
         needed so many seconds from then on to compute ``num_computed`` and send so many bytes."""
         now = self._clock()
-        self._remote_delay.observe(delay_s - queued / self._remote.value)
-        if num_computed > 0:
-            self._remote.observe(num_computed, seconds, now)
-        else:
-            self._remote.measured_at = now
-            self._moving.observe(num_bytes, seconds, now)
+        own_delay_s = delay_s - queued / self.peers.of(worker).computing.value
+        for costs in self.peers.to_learn(worker):
+            costs.handover_delay.observe(own_delay_s)
+            if num_computed > 0:
+                costs.computing.observe(num_computed, seconds, now)
+            else:
+                costs.moving.observe(num_bytes, seconds, now)
 
-    def saw_pull(self, delay_s: float, seconds: float, num_bytes: int) -> None:
+    def saw_pull(self, holder: str, delay_s: float, seconds: float, num_bytes: int) -> None:
         """A lease was granted after ``delay_s``, and its bytes read in so many seconds."""
-        self._pull_delay.observe(delay_s)
-        self._pulling.observe(num_bytes, seconds, self._clock())
+        for costs in self.peers.to_learn(holder):
+            costs.pull_delay.observe(delay_s)
+            costs.pulling.observe(num_bytes, seconds, self._clock())
 
     def _local_s(self, num_tokens: int, num_running: int) -> float:
         """Whoever is decoded here waits for these rows too: their seconds count as much."""
         return num_tokens / self._local.value * (1 + num_running)
 
-    def _remote_s(self, num_tokens: int, hit: int, queued: int) -> float:
+    def _remote_s(self, worker: str, num_tokens: int, hit: int, queued: int) -> float:
         """Pages leave while the next are computed: the slower of the two decides."""
-        compute_s = (queued + max(num_tokens - hit, 0)) / self._remote.value
-        move_s = num_tokens * self._token_bytes / self._moving.value
-        return self._remote_delay.value + max(compute_s, move_s)
+        costs = self.peers.of(worker)
+        compute_s = (queued + max(num_tokens - hit, 0)) / costs.computing.value
+        move_s = num_tokens * self._token_bytes / costs.moving.value
+        return costs.handover_delay.value + max(compute_s, move_s)
 
-    def _pull_s(self, num_tokens: int) -> float:
-        return self._pull_delay.value + num_tokens * self._token_bytes / self._pulling.value
+    def _pull_s(self, holder: str, num_tokens: int) -> float:
+        costs = self.peers.of(holder)
+        return costs.pull_delay.value + num_tokens * self._token_bytes / costs.pulling.value
 
-    def _to_probe(self, predicted: Mapping[Way, float], best: Way) -> Way | None:
+    def _to_probe(
+        self, situation: Situation, predicted: Mapping[Way, float], best: Way
+    ) -> Way | None:
         """The way that was not measured for longest, if it is time to try one."""
         if self._num_since_probe < PROBE_EVERY:
             return None
         measured = {
             Way.LOCAL: self._local.measured_at,
-            Way.REMOTE: self._remote.measured_at,
-            Way.PULL: self._pulling.measured_at,
+            Way.REMOTE: self.peers.of(situation.worker).handed_over_at,
+            Way.PULL: self.peers.of(situation.holder).pulling.measured_at,
         }
         bearable = max(predicted[best] * PROBE_MARGIN, PROBE_COST_S)
         ages = {

@@ -143,7 +143,7 @@ class Fetcher:
             owner=bytes.fromhex(holder.boot_id),
         )
         num_bytes = await self._read(stub, wanted, lease, landing)
-        self._decider.saw_pull(lease.delay_s, self._clock() - began, num_bytes)
+        self._decider.saw_pull(holder.boot_id, lease.delay_s, self._clock() - began, num_bytes)
         return lease, num_bytes
 
     async def _ask(

@@ -260,6 +260,7 @@ class IntakeDesk:
         pulled = await self._read(call, landing, worker, clocked)
         self._decider.saw_handover(
             queued=worker.load.queued_tokens,
+            worker=worker.boot_id,
             delay_s=clocked.accepted - clocked.called,
             seconds=time.monotonic() - clocked.accepted,
             num_computed=len(wanted.prompt_ids) - 1 - clocked.num_cached,

@@ -67,9 +67,8 @@ class Sources:
         with stage_span(Lifecycle.CHOOSE) as span:
             hints = await self._hints(wanted, reservation)
             holder = self._workers.holder(hints.held_pages) if may_pull else None
-            num_held = hints.held_pages[holder.boot_id] if holder else 0
             prefill = await self._workers.find(hints.hit_tokens)
-            situation = self._situation(reservation, num_held, prefill, hints)
+            situation = self._situation(reservation, holder, prefill, hints)
             decision = self._decider.decide(situation)
             facts = _facts(decision, situation, holder, prefill)
             span.set_attributes({f"quire.{name}": value for name, value in facts.items()})
@@ -78,7 +77,7 @@ class Sources:
             self._tell_nobody(wanted)
         return Route(
             holder=holder if decision.way.pulls else None,
-            num_pulled=num_held if decision.way.pulls else 0,
+            num_pulled=hints.held_pages[holder.boot_id] if holder and decision.way.pulls else 0,
             prefill=prefill if decision.way.hands_over else None,
         )
 
@@ -115,16 +114,22 @@ class Sources:
         return held_runs(holders)
 
     def _situation(
-        self, reservation: Reservation, num_held: int, prefill: WorkerRecord | None, hints: _Hints
+        self,
+        reservation: Reservation,
+        holder: WorkerRecord | None,
+        prefill: WorkerRecord | None,
+        hints: _Hints,
     ) -> Situation:
         size = self._core.settings.page_size
         num_here = reservation.num_cached_pages * size
         return Situation(
             missing=reservation.num_tokens - num_here,
-            held=num_held * size,
+            held=hints.held_pages[holder.boot_id] * size if holder else 0,
             hit=hints.hit_tokens.get(prefill.boot_id, 0) - num_here if prefill else 0,
             queued=prefill.load.queued_tokens if prefill else None,
             num_running=self._core.scheduler.num_running,
+            holder=holder.boot_id if holder else "",
+            worker=prefill.boot_id if prefill else "",
         )
 
     def _tell_nobody(self, wanted: Wanted) -> None:

@@ -117,10 +117,12 @@ async def test_left_to_itself_a_service_pulls_what_is_predicted_to_be_faster_tha
         await answer(owner)
         await published(owner, to=reader)
         decider = reader.worker._desk._decider  # type: ignore[attr-defined]
-        assert decider._pulling.measured_at is None
+        costs = decider.peers.of(owner.worker.boot_id.hex())
+        assert costs.pulling.measured_at is None
         assert await answer(reader) == await expected_tokens()
         assert counted(reader, "pulls") == {"landed": 1}
-        assert decider._pulling.measured_at is not None
+        costs = decider.peers.of(owner.worker.boot_id.hex())
+        assert costs.pulling.measured_at is not None
         assert owner.worker._desk._decider._local.measured_at is not None  # type: ignore[attr-defined]
 
 

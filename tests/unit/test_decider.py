@@ -6,7 +6,7 @@ import pytest
 
 from decode_svc import decider as policy
 from decode_svc.decider import Decider, Decision, Situation, Way
-from decode_svc.estimates import DECAY, Delay, Rate
+from decode_svc.estimates import DECAY, MAX_PEERS, Delay, PeerCosts, Rate
 
 TOKEN_BYTES = 1_000
 
@@ -33,11 +33,11 @@ def forced(preference: str, situation: Situation) -> Way:
 
 
 def learn(decider: Decider, local: float, remote: float, moving: float = 1e9) -> None:
-    """Rates in tokens and bytes per second, with no delays."""
+    """Rates in tokens and bytes per second, with no delays, of a worker without a name."""
     decider.saw_chunk(1_000, 1_000 / local)
-    decider.saw_handover(0, 0.0, 1_000 / remote, 1_000, 0)
-    decider.saw_handover(0, 0.0, 1.0, 0, int(moving))
-    decider.saw_pull(0.0, 1.0, int(moving))
+    decider.saw_handover("", 0, 0.0, 1_000 / remote, 1_000, 0)
+    decider.saw_handover("", 0, 0.0, 1.0, 0, int(moving))
+    decider.saw_pull("", 0.0, 1.0, int(moving))
 
 
 NEAR = Situation(missing=1_000, queued=0)
@@ -96,7 +96,7 @@ def test_after_a_pull_the_rest_is_handed_over_if_it_is_long_enough(decider: Deci
 
 
 def test_a_pull_that_would_outlast_leases_is_no_way(decider: Decider) -> None:
-    decider.saw_pull(0.0, 1.0, int(960 * TOKEN_BYTES / policy.MAX_PULL_S) - 1)
+    decider.saw_pull("", 0.0, 1.0, int(960 * TOKEN_BYTES / policy.MAX_PULL_S) - 1)
     assert Way.PULL not in decider.predict(HELD)
 
 
@@ -116,7 +116,7 @@ def test_a_way_stays_until_another_one_is_clearly_better(decider: Decider) -> No
 def test_a_way_not_measured_for_long_is_tried_now_and_then(decider: Decider, clock: Clock) -> None:
     learn(decider, local=1_000, remote=2_000)
     clock.now = policy.PROBE_AGE_S
-    decider.saw_handover(0, 0.0, 0.5, 1_000, 0)
+    decider.saw_handover("", 0, 0.0, 0.5, 1_000, 0)
     found = [decider.decide(NEAR) for _ in range(2 * policy.PROBE_EVERY)]
     tried = [position for position, each in enumerate(found) if each.why == "probe"]
     assert tried == [policy.PROBE_EVERY - 1, 2 * policy.PROBE_EVERY - 1]
@@ -128,7 +128,7 @@ def test_a_way_not_measured_for_long_is_tried_now_and_then(decider: Decider, clo
 def test_a_way_that_would_cost_too_much_is_not_tried(decider: Decider, clock: Clock) -> None:
     learn(decider, local=1_000, remote=1_000 * 2 * policy.PROBE_MARGIN)
     clock.now = policy.PROBE_AGE_S
-    decider.saw_handover(0, 0.0, 0.1, 1_000, 0)
+    decider.saw_handover("", 0, 0.0, 0.1, 1_000, 0)
     assert all(decider.decide(NEAR).way is Way.REMOTE for _ in range(2 * policy.PROBE_EVERY))
 
 
@@ -163,9 +163,75 @@ def test_chunks_of_few_rows_tell_nothing_about_prompts(decider: Decider) -> None
 
 def test_the_queue_a_prompt_stood_in_is_not_counted_twice(decider: Decider) -> None:
     learn(decider, local=1_000, remote=1_000)
-    decider.saw_handover(queued=500, delay_s=0.5, seconds=1.0, num_computed=1_000, num_bytes=0)
+    decider.saw_handover("", 500, 0.5, 1.0, 1_000, 0)
     found = decider.predict(Situation(missing=1_000, queued=500))
     assert found[Way.REMOTE] == pytest.approx(1.5)
+
+
+# -- of each worker apart
+
+SLOW, FAST = (Situation(missing=1_000, queued=0, worker=name) for name in ("slow", "fast"))
+
+
+def test_a_slow_worker_does_not_spoil_what_is_expected_of_a_fast_one(decider: Decider) -> None:
+    decider.saw_chunk(1_000, 1.0)
+    decider.saw_handover("fast", 0, 0.0, 0.1, 1_000, 0)
+    before = decider.predict(FAST)
+    for _ in range(20):
+        decider.saw_handover("slow", 0, 1.0, 20.0, 1_000, 0)
+    assert decider.predict(FAST) == before
+    assert decider.decide(FAST).way is Way.REMOTE
+    assert decider.decide(SLOW).way is Way.LOCAL
+
+
+def test_a_slow_holder_does_not_spoil_pulls_from_a_fast_one(decider: Decider) -> None:
+    fast, slow = (Situation(missing=1_000, held=960, holder=name) for name in ("fast", "slow"))
+    decider.saw_chunk(1_000, 1.0)
+    decider.saw_pull("fast", 0.0, 0.1, 960 * TOKEN_BYTES)
+    before = decider.predict(fast)
+    for _ in range(20):
+        decider.saw_pull("slow", 0.5, 3.0, 960 * TOKEN_BYTES)
+    assert decider.predict(fast) == before
+    assert decider.decide(fast).way is Way.PULL
+    assert decider.decide(slow).way is Way.LOCAL
+
+
+def test_a_new_worker_is_taken_for_what_all_are_like(decider: Decider) -> None:
+    for name in ("one", "two"):
+        decider.saw_handover(name, 0, 0.25, 1.0, 500, 0)
+    found = decider.predict(Situation(missing=1_000, queued=0, worker="new"))
+    assert found[Way.REMOTE] == pytest.approx(0.25 + 1_000 / 500)
+
+
+def test_of_a_worker_measured_in_part_the_rest_is_what_all_are_like() -> None:
+    peers = PeerCosts()
+    for costs in peers.to_learn("one"):
+        costs.pulling.observe(1e6, 1.0, now=0.0)
+    for costs in peers.to_learn("two"):
+        costs.computing.observe(700, 1.0, now=0.0)
+    assert peers.of("two").pulling.value == 1e6
+    assert peers.of("two").computing.value == 700
+    assert peers.of("two").pulling.measured_at is None
+
+
+def test_a_worker_that_is_gone_is_forgotten_and_what_it_taught_about_all_is_not() -> None:
+    peers = PeerCosts()
+    for costs in peers.to_learn("one"):
+        costs.computing.observe(700, 1.0, now=0.0)
+    peers.forget("one")
+    peers.forget("one")
+    assert peers.of("one") is peers.of("another")
+    assert peers.of("one").computing.value == 700
+
+
+def test_no_more_workers_are_remembered_than_the_limit() -> None:
+    peers = PeerCosts()
+    for number in range(MAX_PEERS + 10):
+        peers.to_learn(str(number))
+        peers.to_learn("met again and again")
+    assert len(peers._each) == MAX_PEERS
+    assert peers.of("0") is peers.of("unknown")
+    assert peers.of("met again and again") is not peers.of("unknown")
 
 
 def test_a_rate_follows_what_it_sees_and_large_amounts_count_more() -> None:
