@@ -31,6 +31,7 @@ from engine.lifecycle import Lifecycle
 from engine.mailbox import AsyncEngine
 from engine.outputs import Reserved
 from engine.plan import Landed, Reservation
+from engine.request import Brought
 from engine.telemetry.clock import now_ns
 from engine.telemetry.group_spans import GroupSpans
 from engine.telemetry.logs import fields
@@ -108,8 +109,8 @@ class IntakeDesk:
         )
         self._background: set[asyncio.Task[None]] = set()
 
-    async def fill(self, wanted: Wanted, reserved: Reserved) -> int:
-        """Fills reserved pages from other workers; returns how many tokens came that way."""
+    async def fill(self, wanted: Wanted, reserved: Reserved) -> Brought:
+        """Fills reserved pages from other workers; returns what came that way."""
         reservation = reserved.reservation
         rest, prefill = await self._pull_first(wanted, reservation)
         page_size = self._engine.core.settings.page_size
@@ -124,7 +125,7 @@ class IntakeDesk:
         self._engine.worker.post(Landed(reserved.name, num_tokens, foreign))
         if pulled is not None:
             self._watch_join(pulled.computed_ns)
-        return num_tokens - reservation.num_cached_pages * page_size
+        return Brought(num_tokens - reservation.num_cached_pages * page_size, foreign)
 
     async def close(self) -> None:
         """Waits for what is still being told to others."""
@@ -259,8 +260,8 @@ class IntakeDesk:
         clocked = _Clocked(called=time.monotonic())
         pulled = await self._read(call, landing, worker, clocked)
         self._decider.saw_handover(
-            queued=worker.load.queued_tokens,
             worker=worker.boot_id,
+            queued=worker.load.queued_tokens,
             delay_s=clocked.accepted - clocked.called,
             seconds=time.monotonic() - clocked.accepted,
             num_computed=len(wanted.prompt_ids) - 1 - clocked.num_cached,

@@ -146,7 +146,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         )
         job.on_chunk = self._saw_chunk
         if self._settings.prefill != "local":
-            wanted = Wanted(job.request_id, job.first_ids, request.tenant, deadline)
+            resumed = bool(job.resume)
+            wanted = Wanted(job.request_id, job.first_ids, request.tenant, deadline, resumed)
             job.intake = functools.partial(self._desk.fill, wanted)
         return job
 

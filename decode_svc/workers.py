@@ -61,20 +61,26 @@ class KnownWorkers:
         self._sent: Counter[str] = Counter()
         self._peers: dict[str, Peer] = {}
 
-    def choose(self, hit_tokens: Mapping[str, int] | None = None) -> WorkerRecord | None:
-        """The prefill worker that gets a prompt; see ``choose_prefill``."""
-        return choose_prefill(self._records(), self.reader, self._avoided(), hit_tokens)
+    def choose(
+        self, hit_tokens: Mapping[str, int] | None = None, own_numerics: bool = False
+    ) -> WorkerRecord | None:
+        """The prefill worker that gets a prompt; see ``choose_prefill``. With ``own_numerics`` it
+        is none whose pages would be foreign."""
+        reader = replace(self.reader, allow_foreign=False) if own_numerics else self.reader
+        return choose_prefill(self._records(), reader, self._avoided(), hit_tokens)
 
     def holder(self, held_pages: Mapping[str, int]) -> WorkerRecord | None:
         """The worker whose cached pages are read; see ``choose_holder``."""
         return choose_holder(self._records(), self.reader, self._avoided(), held_pages)
 
-    async def find(self, hit_tokens: Mapping[str, int] | None = None) -> WorkerRecord | None:
+    async def find(
+        self, hit_tokens: Mapping[str, int] | None = None, own_numerics: bool = False
+    ) -> WorkerRecord | None:
         """As ``choose``; where it finds nobody, after one more look at who has registered."""
-        worker = self.choose(hit_tokens)
+        worker = self.choose(hit_tokens, own_numerics)
         if worker is None:
             await self.refresh()
-            worker = self.choose(hit_tokens)
+            worker = self.choose(hit_tokens, own_numerics)
         return worker
 
     def standing(self) -> str:

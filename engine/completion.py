@@ -61,7 +61,11 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New tokens of one choice; ``finish_reason`` is set in its last one."""
+    """New tokens of one choice; ``finish_reason`` is set in its last one.
+
+    ``foreign_kv`` is the digest that its KV stands under if some of it is of other numerics than
+    the worker's own: nobody would continue the stream with the same tokens.
+    """
 
     choice_index: int
     first_index: int
@@ -70,6 +74,7 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     matched_stop: str | int | None = None
+    foreign_kv: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

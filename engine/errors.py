@@ -8,6 +8,7 @@
     ├── RequestCancelled             the caller went away                      CANCELLED
     ├── ShuttingDown                 the service drains                        UNAVAILABLE
     ├── PeerUnavailable              another service cannot be reached         UNAVAILABLE
+    ├── CannotResume                 a broken stream cannot go on alike        UNAVAILABLE
     ├── EngineStopped                a worker's engine broke; its process ends UNAVAILABLE
     ├── HandoverRejected             a page or commit did not verify           FAILED_PRECONDITION
     ├── StaleAttempt                 a message of an older attempt             ABORTED
@@ -59,6 +60,10 @@ class ShuttingDown(QuireError):
 
 class PeerUnavailable(QuireError):
     """Another service could not be reached or broke off."""
+
+
+class CannotResume(QuireError):
+    """A stream broke, and whoever went on with it might give other tokens."""
 
 
 class EngineStopped(QuireError):

@@ -11,6 +11,9 @@ wrong field or model   fails; of a stream that     fails
 anything else          fails                       fails
 =====================  ==========================  ================================================
 
+A stream whose KV is in part of other numerics (``--allow-foreign-kv``) goes on nowhere: it fails
+with CannotResume, since other tokens might come.
+
 A stream that was started goes around among the workers, with growing pauses, for ``patience_s``
 since it broke. So does a request that no worker took in (one may just be restarting), but only once
 where they are full, and for ``START_PATIENCE_S`` as long as none has ever served this client.
@@ -28,6 +31,7 @@ import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from engine.errors import (
+    CannotResume,
     EngineFault,
     EngineStopped,
     InvalidRequest,
@@ -144,6 +148,11 @@ class Course:
 
     def _check_goes_on(self, error: QuireError | CannotContinue) -> None:
         so_far = self._so_far
+        if so_far.foreign_kv and isinstance(error, (*LOST, ShuttingDown)):
+            raise CannotResume(
+                f"{error}; the stream's KV is in part of other numerics"
+                f" ({so_far.foreign_kv.hex()}), so no worker would go on with the same tokens"
+            ) from error
         if isinstance(error, (*LOST, ShuttingDown, CannotContinue)):
             return
         if isinstance(error, ResourceExhausted) and not so_far.admitted:

@@ -55,8 +55,18 @@ from engine.telemetry.tracing import Attributes, record_stage
 REQUEST_ID_BYTES = 16
 log = logging.getLogger(__name__)
 
-Intake = Callable[[Reserved], Awaitable[int]]
-"""Fills reserved pages from elsewhere, posts that they landed, returns how many tokens came."""
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """What came into reserved pages: how many tokens, and the digest they stand under if their
+    numbers are not this worker's own."""
+
+    num_tokens: int
+    foreign: bytes = b""
+
+
+Intake = Callable[[Reserved], Awaitable[Brought]]
+"""Fills reserved pages from elsewhere, posts that they landed, tells what came."""
 
 
 @dataclass(slots=True)
@@ -182,6 +192,7 @@ class _Run:
         self._finish_reasons = dict.fromkeys(self._indexes.keys() - self._unfinished, "before")
         self._cached_tokens = 0
         self._handed_over = 0
+        self._foreign = b""
         self._num_preemptions = 0
         self._drafted_tokens = 0
         self._accepted_tokens = 0
@@ -281,7 +292,8 @@ class _Run:
 
     async def _run_intake(self, reserved: Reserved) -> None:
         assert self._request.intake is not None
-        self._handed_over = await self._request.intake(reserved)
+        brought = await self._request.intake(reserved)
+        self._handed_over, self._foreign = brought.num_tokens, brought.foreign
         self._times.joined = now_ns()
 
     def _intake_ended(self, name: str, intake: asyncio.Task[None]) -> None:
@@ -311,6 +323,7 @@ class _Run:
             logprobs=self._logprobs(output),
             finish_reason=output.finish,
             matched_stop=output.matched_stop,
+            foreign_kv=self._foreign,
         )
 
     def _logprobs(self, output: TokenOutput) -> tuple[TokenLogprobs, ...]:

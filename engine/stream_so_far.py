@@ -24,6 +24,8 @@ class StreamSoFar:
         self.attempt = 0
         self.admitted = False
         """Whether the current attempt's worker has taken the request in."""
+        self.foreign_kv = b""
+        """What the tokens' KV stands under, if nobody else would go on with the same tokens."""
         self._ids = {choice.choice_index: list(choice.token_ids) for choice in resume}
         self._ended = {choice.choice_index for choice in resume if choice.finished}
 
@@ -72,10 +74,17 @@ class StreamSoFar:
                 f"choice {delta.choice_index} has {len(ids)} tokens"
                 f" and was sent those from {start} to {end}"
             )
+        self._check_foreign(delta)
         ids += delta.token_ids
         if delta.finish_reason is not None:
             self._ended.add(delta.choice_index)
         return delta
+
+    def _check_foreign(self, delta: Delta) -> None:
+        """A worker may not go on with KV of other numerics where another one has begun."""
+        if delta.foreign_kv and not self.foreign_kv and self.num_tokens and self.attempt > 1:
+            raise CannotContinue(f"it took KV of other numerics, {delta.foreign_kv.hex()}")
+        self.foreign_kv = self.foreign_kv or delta.foreign_kv
 
 
 def _check_same(first: Started, now: Started) -> None:

@@ -202,6 +202,7 @@ def _delta_to_wire(delta: Delta) -> pb.GenerateDelta:
         text=delta.text,
         logprobs=[_logprobs_to_wire(each) for each in delta.logprobs],
         finish_reason=_FINISH_TO_WIRE[delta.finish_reason],
+        foreign_kv=delta.foreign_kv,
     )
     if isinstance(delta.matched_stop, str):
         message.stop_text = delta.matched_stop
@@ -220,6 +221,7 @@ def _delta_from_wire(message: pb.GenerateDelta) -> Delta:
         logprobs=tuple(_logprobs_from_wire(each) for each in message.logprobs),
         finish_reason=_FINISH_FROM_WIRE[message.finish_reason],
         matched_stop=getattr(message, matched) if matched else None,
+        foreign_kv=message.foreign_kv,
     )
 
 

@@ -22,6 +22,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from engine.errors import (
+    CannotResume,
     DeadlineExceeded,
     EngineFault,
     EngineStopped,
@@ -52,6 +53,7 @@ CODES: Final[dict[type[QuireError], grpc.StatusCode]] = {
     RequestCancelled: grpc.StatusCode.CANCELLED,
     ShuttingDown: grpc.StatusCode.UNAVAILABLE,
     PeerUnavailable: grpc.StatusCode.UNAVAILABLE,
+    CannotResume: grpc.StatusCode.UNAVAILABLE,
     EngineStopped: grpc.StatusCode.UNAVAILABLE,
     HandoverRejected: grpc.StatusCode.FAILED_PRECONDITION,
     StaleAttempt: grpc.StatusCode.ABORTED,

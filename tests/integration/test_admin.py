@@ -13,7 +13,7 @@ from engine.errors import PeerUnavailable, ShuttingDown
 from engine.local import AsyncLocalEngine
 from engine.outputs import Reserved
 from engine.plan import Landed
-from engine.request import Request
+from engine.request import Brought, Request
 from engine.sampling_params import SamplingParams
 from engine.serving import server as serving
 from engine.serving import worker as worker_module
@@ -158,13 +158,13 @@ async def test_a_request_cancelled_again_and_again_still_gives_its_pages_back(
     async with AsyncLocalEngine("hash", page_size=16, check_pages=True) as local:
         began = asyncio.Event()
 
-        async def intake(reserved: Reserved) -> int:
+        async def intake(reserved: Reserved) -> Brought:
             began.set()
             try:
                 await asyncio.Event().wait()
             finally:
                 await asyncio.sleep(0)
-            return 0
+            return Brought(0)
 
         request = Request(tuple(PROMPT), ENDLESS, local.capacity, intake=intake)
 
@@ -187,12 +187,12 @@ async def test_a_request_cancelled_again_and_again_still_gives_its_pages_back(
 async def test_an_intake_that_raises_leaves_the_prompt_to_this_service() -> None:
     async with AsyncLocalEngine("hash", page_size=16, check_pages=True) as local:
 
-        async def broken(reserved: Reserved) -> int:
+        async def broken(reserved: Reserved) -> Brought:
             raise RuntimeError("a bug")
 
-        async def wrong(reserved: Reserved) -> int:
+        async def wrong(reserved: Reserved) -> Brought:
             local.engine.worker.post(Landed(reserved.name, 0))
-            return 0
+            return Brought(0)
 
         params = SamplingParams(temperature=0, max_tokens=9)
         (expected,) = await local.generate([PROMPT], params)

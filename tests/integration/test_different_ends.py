@@ -10,12 +10,14 @@ from typing import Any
 import grpc
 import pytest
 
-from engine.completion import Completion
-from engine.errors import HandoverRejected
+from engine.completion import Completion, Delta, Finished, Started
+from engine.errors import CannotResume, HandoverRejected
 from engine.local import AsyncLocalEngine
 from engine.model import ModelSpec, hash_model
 from engine.model.hash_model import HashModel
 from engine.model.load import LoadedModel, load_model
+from engine.remote import AsyncRemoteEngine
+from engine.resume import ChoiceSoFar
 from engine.sampling_params import SamplingParams
 from engine.serving.status import from_rpc_error
 from engine.telemetry.trace_tree import SpanRecord, read_spans
@@ -27,6 +29,7 @@ from kvstore.transports.grpc_wire import fingerprint_to_wire
 from prefill_svc.__main__ import PrefillWorker
 from prefill_svc.config import PrefillSettings
 from quire.v1 import prefill_pb2, prefill_pb2_grpc
+from tests.faults.link import Link
 from tests.integration.cluster import Cluster, Node, running, settings_for, start, until
 from tests.integration.prompts import PROMPTS
 from tests.integration.test_faults import failures
@@ -243,3 +246,45 @@ async def test_the_rounding_of_foreign_numbers_is_in_the_trace(
     (span,) = handover_spans(trace)
     largest, mean = (float(span.attributes[f"quire.kv_error_{kind}"]) for kind in ("max", "mean"))
     assert 0 < mean < largest
+
+
+ONE_LONG = replace(PARAMS, n=1, max_tokens=60, ignore_eos=True)
+
+
+async def test_a_stream_over_foreign_kv_is_not_continued_by_another_worker(redis_url: str) -> None:
+    """It would go on with other tokens, and its caller could not tell."""
+    kinds = {"prefill": {"kv": "bf16"}, "decode": {"kv": "int8", "allow_foreign_kv": True}}
+    async with running(redis_url, num_decode=2, **kinds) as cluster:
+        first, second = cluster.decode
+        held = first.core.fingerprint.holding(cluster.prefill[0].core.fingerprint)
+        async with Link(int(first.endpoint.rpartition(":")[2])) as link:
+            async with AsyncRemoteEngine([link.endpoint, second.endpoint]) as client:
+                items = client.items(PROMPT, ONE_LONG)
+                assert isinstance(await anext(items), Started)
+                delta = await anext(items)
+                assert isinstance(delta, Delta)
+                assert delta.foreign_kv == held.digest
+                await link.refuse()
+                with pytest.raises(CannotResume, match=held.digest.hex()):
+                    async for _ in items:
+                        pass
+        assert second.model.num_steps == 0
+
+
+async def test_a_resumed_stream_takes_no_foreign_kv(redis_url: str) -> None:
+    kinds = {"prefill": {"kv": "bf16"}, "decode": {"kv": "int8", "allow_foreign_kv": True}}
+    async with running(redis_url, **kinds) as cluster, cluster.client() as client:
+        (whole,) = await alone_with(ONE_LONG)
+        resume = [ChoiceSoFar(0, whole.token_ids[:20])]
+        items = [item async for item in client.items(PROMPT, ONE_LONG, resume)]
+        finished = items[-1]
+        assert isinstance(finished, Finished)
+        assert finished.prefilled == "local"
+        found = [each for item in items if isinstance(item, Delta) for each in item.token_ids]
+        assert tuple(found) == whole.token_ids[20:]
+        assert not any(item.foreign_kv for item in items if isinstance(item, Delta))
+
+
+async def alone_with(params: SamplingParams) -> list[Completion]:
+    async with AsyncLocalEngine("hash", page_size=16) as engine:
+        return await engine.generate([PROMPT], params)

@@ -459,7 +459,7 @@ async def test_an_answer_of_another_worker_than_the_index_named_is_refused(redis
     async with running(redis_url) as cluster, cluster.client() as client:
         workers = cluster.decode[0].worker._workers  # type: ignore[attr-defined]
         record = workers.choose()
-        workers.choose = lambda hit_tokens: _renamed(record)
+        workers.choose = lambda *_: _renamed(record)
         (found,) = await client.generate([LONG], PARAMS)
         assert found.token_ids == await expected_tokens()
         assert failures(cluster) == {"boot_id": 1}

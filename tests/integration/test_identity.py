@@ -173,7 +173,7 @@ async def test_after_a_reconnect_the_worker_is_asked_again(
         async with Link(int(prefill.endpoint.rpartition(":")[2])) as link:
             record = replace(await prefill.worker._record(link.endpoint), state="serving")
             workers = decode.worker._workers  # type: ignore[attr-defined]
-            workers.choose = lambda hit_tokens=None: record
+            workers.choose = lambda *_: record
             await handed_over(cluster, 1)
             await link.reset()
             await handed_over(cluster, 2)
@@ -192,7 +192,7 @@ async def test_an_address_taken_over_while_the_index_still_names_the_old_worker_
         ):
             record = replace(await prefill.worker._record(link.endpoint), state="serving")
             workers = decode.worker._workers  # type: ignore[attr-defined]
-            workers.choose = lambda hit_tokens=None: record
+            workers.choose = lambda *_: record
             await handed_over(cluster, 1)
             link.target = int(impostor.endpoint.rpartition(":")[2])
             await link.reset()

@@ -8,6 +8,7 @@ import pytest
 
 from engine.completion import Delta, Started
 from engine.errors import (
+    CannotResume,
     DeadlineExceeded,
     EngineFault,
     EngineStopped,
@@ -280,3 +281,39 @@ def test_only_a_worker_with_the_same_tokens_to_come_continues_a_stream(
     with pytest.raises(CannotContinue, match=word):
         so_far.take(change())
     assert so_far.take(STARTED) is None
+
+
+# -- KV of other numerics
+
+FOREIGN = b"f" * 16
+
+
+@pytest.mark.parametrize("error", [PeerUnavailable("x"), ShuttingDown("x"), RequestCancelled("x")])
+def test_a_stream_over_foreign_kv_goes_on_nowhere(error: QuireError) -> None:
+    trial = Trial("a", "b")
+    trial.go()
+    trial.admit()
+    trial.so_far.take(Delta(0, 0, (65,), "A", foreign_kv=FOREIGN))
+    with pytest.raises(CannotResume, match=FOREIGN.hex()):
+        trial.end(error)
+
+
+def test_nobody_goes_on_over_foreign_kv_where_another_has_begun_without() -> None:
+    so_far = StreamSoFar(())
+    so_far.begin_attempt()
+    so_far.take(STARTED)
+    so_far.take(Delta(0, 0, (65,), "A"))
+    so_far.begin_attempt()
+    so_far.take(STARTED)
+    with pytest.raises(CannotContinue, match="other numerics"):
+        so_far.take(Delta(0, 1, (66,), "B", foreign_kv=FOREIGN))
+    assert so_far.choices() == [ChoiceSoFar(0, (65,))]
+
+
+def test_before_the_first_token_another_worker_may_begin_over_foreign_kv() -> None:
+    so_far = StreamSoFar(())
+    for _ in range(2):
+        so_far.begin_attempt()
+        so_far.take(STARTED)
+    so_far.take(Delta(0, 0, (65,), "A", foreign_kv=FOREIGN))
+    assert so_far.foreign_kv == FOREIGN

@@ -362,7 +362,8 @@ class GenerateRequest(_message.Message):
     def resume(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResumeChoice]:
         """Continues an interrupted stream of the same prompt and parameters. Unless it is greedy the seed
         must be set, to that of GenerateStarted; max_tokens should be too. Each choice goes on at the
-        token after those given, with the text that follows the text sent with them.
+        token after those given, with the text that follows the text sent with them. A stream with
+        foreign_kv cannot be continued: other tokens might come.
         """
 
     def __init__(
@@ -504,6 +505,7 @@ class GenerateDelta(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     STOP_TEXT_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    FOREIGN_KV_FIELD_NUMBER: _builtins.int
     choice_index: _builtins.int
     """The choice, from 0."""
     first_index: _builtins.int
@@ -516,6 +518,11 @@ class GenerateDelta(_message.Message):
     """The stop string that matched."""
     stop_token_id: _builtins.int
     """The end-of-sequence or stop id that was produced."""
+    foreign_kv: _builtins.bytes
+    """Digest that the KV stands under, 16 bytes, if some of it is of other numerics than the worker's
+    own (--allow-foreign-kv): no other worker would go on with the same tokens, so the stream may not
+    be resumed. Empty otherwise.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens."""
@@ -535,10 +542,11 @@ class GenerateDelta(_message.Message):
         finish_reason: Global___FinishReason.ValueType = ...,
         stop_text: _builtins.str = ...,
         stop_token_id: _builtins.int = ...,
+        foreign_kv: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["matched_stop", b"matched_stop", "stop_text", b"stop_text", "stop_token_id", b"stop_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "finish_reason", b"finish_reason", "first_index", b"first_index", "logprobs", b"logprobs", "matched_stop", b"matched_stop", "stop_text", b"stop_text", "stop_token_id", b"stop_token_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "finish_reason", b"finish_reason", "first_index", b"first_index", "foreign_kv", b"foreign_kv", "logprobs", b"logprobs", "matched_stop", b"matched_stop", "stop_text", b"stop_text", "stop_token_id", b"stop_token_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_matched_stop: _TypeAlias = _typing.Literal["stop_text", "stop_token_id"]  # noqa: Y015
     _WhichOneofArgType_matched_stop: _TypeAlias = _typing.Literal["matched_stop", b"matched_stop"]  # noqa: Y015
