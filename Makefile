@@ -87,7 +87,7 @@ sanitize: install-test
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$(echo $(SANITIZED)/env/lib/python3*/site-packages)/first.pth"
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(SANITIZED)/packages \
-	  --config-settings=cmake.define.QUIRE_SANITIZE=ON .
+	  --config-settings=cmake.define.QUIRE_SANITIZE=ON --config-settings=build-dir=$(SANITIZED)/cmake .
 	cp -r tests pyproject.toml $(SANITIZED)/packages
 	cd $(SANITIZED)/packages && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1 ../env/bin/python -m pytest tests/kernels \

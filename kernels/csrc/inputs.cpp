@@ -126,7 +126,7 @@ QUIRE_INLINE void pack_group(const float* x, const InputRows& all, uint8_t* out,
     if constexpr (!Wide && !kWideInputs)
         if (!in_tiles) put_units<4 * Vectors>(bytes, out, 4 * rows);
     *scale = s.scale;
-    *sum = all.sum_factor * reduce_sum(total);
+    *sum = int32_t(uint32_t(all.sum_factor) * uint32_t(reduce_sum(total)));  // NaN may be any
 }
 
 template <int Vectors, bool Wide>
