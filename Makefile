@@ -89,7 +89,7 @@ sanitize: install-test
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(SANITIZED)/packages \
 	  --config-settings=cmake.define.QUIRE_SANITIZE=ON --config-settings=build-dir=$(SANITIZED)/cmake .
 	cp -r tests pyproject.toml $(SANITIZED)/packages
-	cd $(SANITIZED)/packages && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
+	cd $(SANITIZED)/packages && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0:handle_segv=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1 ../env/bin/python -m pytest tests/kernels \
 	  --ignore tests/kernels/test_bench.py
 
