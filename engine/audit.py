@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from engine.swapping import SwapLedger
 from kvstore.ledger import Ledger, PageRecord, PageState
 from kvstore.pool import PagePool
 
@@ -47,6 +48,21 @@ def broken_laws(pool: PagePool, holders: Holders) -> list[str]:
             if name not in (ledger[slot].owners if hold == "owned by" else ledger[slot].leases)
         ]
     return found
+
+
+def broken_swap(swap: SwapLedger, holders: Holders) -> list[str]:
+    """What contradicts the conservation of swap slots, in words; empty if nothing does."""
+    found = []
+    try:
+        swap.check()
+    except AssertionError:
+        found.append("the swap room's slots are not each free or held once")
+    return found + [
+        f"swap slots {', '.join(map(str, slots))} are held for {owner},"
+        " of whom the scheduler knows nothing"
+        for owner, slots in swap.holders().items()
+        if owner not in holders.owned
+    ]
 
 
 def snapshot(ledger: Ledger) -> list[PageRecord]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from engine.audit import Holders, broken_laws, orphans, snapshot
+from engine.audit import Holders, broken_laws, broken_swap, orphans, snapshot
 from engine.core import EngineCore
 from engine.mailbox import AsyncEngine
 from engine.serving.status import maps_errors
@@ -72,7 +72,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             boot_id=self._engine.core.boot_id,
             counts=books.counts,
             pages=[_record_of(each, now, strays.get(each.slot, "")) for each in books.records]
-            + books.swapped,
+            + [_orphaned(each, callers | books.leaving) for each in books.swapped],
             callers=sorted(callers),
         )
 
@@ -80,14 +80,17 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     async def CheckPages(
         self, request: pb.CheckPagesRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.CheckPagesResponse:
-        problems = await self._engine.call(
-            lambda core: broken_laws(core.pool, core.scheduler.holders)
-        )
+        problems = await self._engine.call(_problems_of)
         return pb.CheckPagesResponse(
             boot_id=self._engine.core.boot_id,
             num_pages=self._engine.core.pool.num_pages,
             problems=problems,
         )
+
+
+def _problems_of(core: EngineCore) -> list[str]:
+    holders = core.scheduler.holders
+    return broken_laws(core.pool, holders) + broken_swap(core.scheduler.swap, holders)
 
 
 def _state_of(core: EngineCore) -> pb.GetStateResponse:
@@ -118,6 +121,14 @@ def _books_of(core: EngineCore) -> _Books:
     return _Books(
         snapshot(pool.ledger), _counts_of(pool), holders, core.leaving, swapped_pages(core)
     )
+
+
+def _orphaned(page: pb.PageRecord, callers: set[str]) -> pb.PageRecord:
+    """A swapped page, with the reason why nobody will free it if there is one."""
+    (owner,) = page.owners
+    if owner not in callers:
+        page.orphan = f"swap slot {page.slot} is held for {owner}, whom nobody answers for"
+    return page
 
 
 def swapped_pages(core: EngineCore) -> list[pb.PageRecord]:

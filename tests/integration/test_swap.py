@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from engine.core import CoreSettings, EngineCore
@@ -15,7 +19,9 @@ from engine.outputs import Output, TokenOutput
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerLimits
 from engine.serving.admin import swapped_pages
-from tests.integration.cluster import running
+from quire.v1 import admin_pb2 as pb
+from quire.v1 import admin_pb2_grpc
+from tests.integration.cluster import Node, running
 
 LIMITS = SchedulerLimits(max_sequences=4, max_step_tokens=64, chunk_tokens=32)
 PROMPTS = [[100 * n + i for i in range(40)] for n in range(1, 5)]
@@ -87,3 +93,35 @@ async def test_services_swap_to_a_file_and_count_it(redis_url: str, tmp_path: Pa
         await asyncio.gather(*[stream.aclose() for stream in streams])
         await cluster.balanced()
         assert node.core.scheduler.swap.num_held == 0
+
+
+async def test_operators_see_whose_swapped_pages_nobody_frees(redis_url: str) -> None:
+    """And the check of the books finds swap slots that are lost."""
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=60, ignore_eos=True)
+    # The check at every step would end the process at the first wrong book.
+    swap = {"pool_tokens": 224, "swap_bytes": 1 << 20, "check_pages": False}
+    async with running(redis_url, num_prefill=0, decode=swap) as cluster:
+        (node,) = cluster.decode
+        async with cluster.client() as client, node_admin(node) as admin:
+            assert list((await admin.CheckPages(pb.CheckPagesRequest())).problems) == []
+            await node.worker.engine.call(lambda core: core.scheduler.swap.hold("stray", 1))
+            checked = await admin.CheckPages(pb.CheckPagesRequest())
+            assert ["stray" in problem for problem in checked.problems] == [True]
+            listed = await admin.ListPages(pb.ListPagesRequest())
+            (page,) = [page for page in listed.pages if page.state == "swapped"]
+            assert "whom nobody answers for" in page.orphan
+            await node.worker.engine.call(lambda core: core.scheduler.swap.free("stray"))
+            prompts = [[number % 250 for number in prompt] for prompt in PROMPTS]
+            work = asyncio.create_task(client.generate(prompts, params))
+            while not work.done():
+                listed = await admin.ListPages(pb.ListPagesRequest())
+                assert not any(page.orphan for page in listed.pages)
+                assert not (await admin.CheckPages(pb.CheckPagesRequest())).problems
+            await work
+            assert node.core.totals.swapped_out > 0
+
+
+@asynccontextmanager
+async def node_admin(node: Node) -> AsyncIterator[Any]:
+    async with grpc.aio.insecure_channel(node.endpoint) as channel:
+        yield admin_pb2_grpc.AdminServiceStub(channel)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from engine.audit import Holders, broken_laws, orphans, snapshot
+from engine.audit import Holders, broken_laws, broken_swap, orphans, snapshot
 from engine.cli import page_audit
 from engine.plan import Cancel, Landed, Outcome, Submit
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.sequence import Goal
+from engine.swapping import SwapLedger
 from kvstore.index import PageEntry
 from kvstore.pool import PagePool
 from kvstore.prefix_hash import PrefixHasher
@@ -152,3 +154,36 @@ def test_an_entry_of_the_index_for_a_page_nobody_keeps_is_stale() -> None:
         }
     silent = {"endpoint": "x", "error": "gone"}
     assert page_audit.stale_entries([entry], [silent]) == set()
+
+
+# -- swap
+
+
+def swap_of(scheduler: Scheduler) -> SwapLedger:
+    """A swap room in which a sequence of the scheduler has two pages."""
+    swap = SwapLedger(4)
+    swap.hold("runs", 2)
+    assert broken_swap(swap, scheduler.holders) == []
+    return swap
+
+
+def test_swap_slots_of_a_sequence_nobody_knows_break_the_law() -> None:
+    scheduler = busy()
+    swap = swap_of(scheduler)
+    swap.hold("gone", 1)
+    (problem,) = broken_swap(swap, scheduler.holders)
+    assert problem == "swap slots 2 are held for gone, of whom the scheduler knows nothing"
+
+
+@pytest.mark.parametrize(
+    "break_it", [lambda swap: swap._free.pop(), lambda swap: swap._free.append(0)]
+)
+def test_swap_slots_that_are_lost_or_held_twice_break_the_law(
+    break_it: Callable[[SwapLedger], object],
+) -> None:
+    scheduler = busy()
+    swap = swap_of(scheduler)
+    break_it(swap)
+    assert broken_swap(swap, scheduler.holders) == [
+        "the swap room's slots are not each free or held once"
+    ]

@@ -194,7 +194,7 @@ Global___ListPagesRequest: _TypeAlias = ListPagesRequest  # noqa: Y015
 
 @_typing.final
 class PageRecord(_message.Message):
-    """One slot that is not free."""
+    """One slot of pool or swap room that is not free."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -215,11 +215,11 @@ class PageRecord(_message.Message):
     ORPHAN_FIELD_NUMBER: _builtins.int
     READERS_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
-    """Slot in the pool."""
+    """Slot in the pool; of a swapped page, in the swap room."""
     generation: _builtins.int
     """Allocation count of the slot."""
     state: _builtins.str
-    """"filling", "sealed" or "quarantined"."""
+    """"filling", "sealed", "quarantined", or "swapped": outside the pool, in the swap room."""
     num_readers: _builtins.int
     """Readers at this moment."""
     num_writers: _builtins.int
@@ -300,7 +300,7 @@ class ListPagesResponse(_message.Message):
 
     @_builtins.property
     def pages(self) -> _containers.RepeatedCompositeFieldContainer[Global___PageRecord]:
-        """Every slot that is not free, by slot."""
+        """Every slot that is not free, by slot; those of the swap room last."""
 
     @_builtins.property
     def callers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

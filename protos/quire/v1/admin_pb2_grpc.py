@@ -83,7 +83,7 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CheckPages(self, request, context):
-        """Checks the books of this moment against each other: the conservation of pages.
+        """Checks the books of this moment against each other: the conservation of pages and swap slots.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,7 @@ class AdminServiceStub:
     ListPages: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListPagesRequest, _admin_pb2.ListPagesResponse]
     """Every page that is not free: who holds it, since when, why."""
     CheckPages: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CheckPagesRequest, _admin_pb2.CheckPagesResponse]
-    """Checks the books of this moment against each other: the conservation of pages."""
+    """Checks the books of this moment against each other: the conservation of pages and swap slots."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -54,7 +54,7 @@ class AdminServiceAsyncStub(AdminServiceStub):
     ListPages: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListPagesRequest, _admin_pb2.ListPagesResponse]  # type: ignore[assignment]
     """Every page that is not free: who holds it, since when, why."""
     CheckPages: _aio.UnaryUnaryMultiCallable[_admin_pb2.CheckPagesRequest, _admin_pb2.CheckPagesResponse]  # type: ignore[assignment]
-    """Checks the books of this moment against each other: the conservation of pages."""
+    """Checks the books of this moment against each other: the conservation of pages and swap slots."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Looks into one worker and takes it out of service."""
@@ -89,6 +89,6 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.CheckPagesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.CheckPagesResponse, _abc.Awaitable[_admin_pb2.CheckPagesResponse]]:
-        """Checks the books of this moment against each other: the conservation of pages."""
+        """Checks the books of this moment against each other: the conservation of pages and swap slots."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
