@@ -397,11 +397,12 @@ async def until_released(cluster: Cluster) -> None:
 # -- flapping and parted
 
 
+@pytest.mark.parametrize("flapping_s", [4.0, pytest.param(30.0, marks=pytest.mark.slow)])
 async def test_a_flapping_link_opens_the_circuit_and_makes_no_storm(
-    redis_url: str, truth: Truth, monkeypatch: pytest.MonkeyPatch
+    redis_url: str, truth: Truth, monkeypatch: pytest.MonkeyPatch, flapping_s: float
 ) -> None:
     """One failed handover, then the worker is left alone for a while: failures are bounded."""
-    flapping_s, avoid_s = 4.0, 1.0
+    avoid_s = 1.0
     monkeypatch.setattr(workers, "AVOID_S", avoid_s)
     async with linked(redis_url) as (cluster, link), cluster.client() as client:
 
