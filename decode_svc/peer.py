@@ -46,6 +46,7 @@ class Peer:
         if not self._identified or self._channel.get_state() is not _READY:
             if self._asking is None or self._asking.done():
                 self._asking = asyncio.ensure_future(self._identify())
+                self._asking.add_done_callback(_noted)
             async with asyncio.timeout(timeout_s):
                 await asyncio.shield(self._asking)  # others wait for the same answer
         return self._channel
@@ -77,3 +78,9 @@ class Peer:
         with suppress(grpc.aio.UsageError):  # the channel was closed
             await self._channel.wait_for_state_change(_READY)
         self._identified = False
+
+
+def _noted(asking: asyncio.Task[None]) -> None:
+    """An answer is nobody's bug if all who waited for it have left."""
+    if not asking.cancelled():
+        asking.exception()
