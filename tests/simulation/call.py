@@ -21,6 +21,9 @@ ROUTES = {
     "/quire.v1.PrefillService/ReleasePages": "release",
     "/quire.v1.InferenceService/Generate": "generate",
     "/quire.v1.PageService/Identify": "identify",
+    "/quire.v1.PageService/LeasePages": "lease",
+    "/quire.v1.PageService/ReadPages": "read",
+    "/quire.v1.PageService/ReleaseLease": "unlease",
 }
 WINDOW = 6  # messages that a server may be ahead of its reader
 _TINY_S = 1e-6  # between two messages of one stream: timers of equal time have no order
@@ -70,7 +73,7 @@ class Call:
         network.begin(self)
         if timeout_s is not None:
             late = (grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded", ())
-            self._timer = self._loop.call_later(timeout_s, self._finish, late)
+            self._timer = self._loop.later(timeout_s, self._finish, late)
         if self.client.alive:
             self._send(self.client, None, request, self._serve)
         else:
@@ -141,13 +144,13 @@ class Call:
         if self._timeout_s is not None:
             self._timer.cancel()
         self._arrived.set()
-        self._loop.call_later(self._latency("end"), self._end_handler)
+        self._loop.later(self._latency("end"), self._end_handler)
 
     # -- the wire
 
     def cut(self) -> None:
         """The connection is gone; both ends learn it."""
-        self._loop.call_later(self._latency("cut"), self._finish, _BROKEN)
+        self._loop.later(self._latency("cut"), self._finish, _BROKEN)
         if self._channel is not None:
             self._channel.disconnect()
         self._end_handler()
@@ -169,7 +172,7 @@ class Call:
             match fault.kind:
                 case "cut":
                     self._severed = True
-                    self._loop.call_at(arrival, self.cut)
+                    self._loop.at(arrival, self.cut)
                 case "late":
                     arrival += fault.seconds
                 case "twice":
@@ -179,7 +182,7 @@ class Call:
                 case "flip" if payload:
                     payload = _flipped(payload, fault.bit)
                 case "again":
-                    self._loop.call_at(sent + fault.seconds, self._repeat, payload, fault.bit)
+                    self._loop.at(sent + fault.seconds, self._repeat, payload, fault.bit)
         if self._severed:
             return
         if receiver is not None:
@@ -188,9 +191,9 @@ class Call:
         held, self._held = self._held, []
         if hold:
             self._held = [lambda: deliver(payload)]
-            self._loop.call_at(arrival + self._latency("held"), self._let_go, self._held)
+            self._loop.at(arrival + self._latency("held"), self._let_go, self._held)
         else:
-            self._loop.call_at(arrival, _all, [lambda: deliver(payload)] * copies + held)
+            self._loop.at(arrival, _all, [lambda: deliver(payload)] * copies + held)
             held.clear()
 
     def _let_go(self, held: list[Callable[[], None]]) -> None:
@@ -223,7 +226,7 @@ class Call:
         self._network.trace("request", self.route, self.number, request)
         wake = process.thawed(self._loop.now)
         if wake > self._loop.now:
-            self._loop.call_at(wake, self._serve, request)
+            self._loop.at(wake, self._serve, request)
             return
         handler = process.handler(self._path)
         self._handler = process.run(self._handle(handler, request))
@@ -256,6 +259,10 @@ class Call:
     @property
     def remaining_s(self) -> float | None:
         return None if self._timeout_s is None else self._timer.when() - self._loop.now
+
+    def served_by(self, process: Process) -> bool:
+        running = self._handler is not None and not self._handler.done()
+        return running and self.server is process
 
     def _end_handler(self) -> None:
         if self._handler is not None and not self._handler.done():

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.completion import Delta, Finished
-from engine.errors import DeadlineExceeded, PeerUnavailable, QuireError
+from engine.errors import DeadlineExceeded, PeerUnavailable, QuireError, ShuttingDown
 from engine.remote import AsyncRemoteEngine
 from tests.simulation.reference import expected_tokens, params_of, prompt_of
-from tests.simulation.scenario import PATIENCE_S, Ask, Fault
+from tests.simulation.scenario import PATIENCE_S, Ask, Scenario
 
 
 @dataclass
@@ -38,10 +38,10 @@ async def answer_to(ask: Ask, endpoints: Sequence[str]) -> Answer:
     return answer
 
 
-def problems_of(ask: Ask, answer: Answer, faults: Sequence[Fault]) -> Iterator[str]:
+def problems_of(ask: Ask, answer: Answer, scenario: Scenario) -> Iterator[str]:
     """Every stream is a prefix of the right one, all of it if it ended well, and fails only for a
     reason."""
-    if answer.error is not None and not _excused(answer, ask, faults):
+    if answer.error is not None and not _excused(answer, ask, scenario):
         yield f"failed: {answer.end}: {answer.error}"
     for choice, found in answer.tokens.items():
         expected, reason = expected_tokens(ask, choice)
@@ -73,10 +73,13 @@ async def _read(ask: Ask, endpoints: Sequence[str], answer: Answer) -> None:
         await client.close()
 
 
-def _excused(answer: Answer, ask: Ask, faults: Sequence[Fault]) -> bool:
+def _excused(answer: Answer, ask: Ask, scenario: Scenario) -> bool:
     """Whether a request may fail this way among these faults; wrong tokens are never excused, and
     a stream that has begun goes on elsewhere."""
+    faults = scenario.faults
     match answer.error:
+        case PeerUnavailable() | ShuttingDown() if _nobody_else(scenario):
+            return not any(answer.tokens.values())
         case PeerUnavailable():
             return not any(answer.tokens.values()) and any(
                 (fault.kind == "crash" and fault.node.startswith("decode"))
@@ -87,3 +90,12 @@ def _excused(answer: Answer, ask: Ask, faults: Sequence[Fault]) -> bool:
             return ask.timeout_s < PATIENCE_S
         case _:
             return False
+
+
+def _nobody_else(scenario: Scenario) -> bool:
+    """Whether who drained may have been the last: the others drained, stood still, or died."""
+    away = {"drain", "freeze", "crash"}
+    faults = [fault for fault in scenario.faults if fault.node.startswith("decode")]
+    drained = any(fault.kind == "drain" for fault in faults)
+    nodes = {fault.node for fault in faults if fault.kind in away}
+    return drained and len(nodes) >= scenario.setup.num_decode

@@ -23,7 +23,89 @@ def draw(seed: int) -> Scenario:
     faults = tuple(_fault(rng, setup) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4))))
     if crowded and rng.random() < 0.4:
         faults += (_bad_swap(rng),)
-    return Scenario(seed, setup, asks, faults)
+    return _with_more(Scenario(seed, setup, asks, faults), crowded)
+
+
+def _with_more(scenario: Scenario, crowded: bool) -> Scenario:
+    """Caches that are read by others, drains, and clocks that differ; chance of its own, so that it
+    leaves what was drawn before as it was."""
+    rng = random.Random(f"more {scenario.seed}")
+    if not crowded and rng.random() < 0.35:
+        scenario = _with_pulls(rng, scenario)
+    setup, faults = scenario.setup, scenario.faults
+    if rng.random() < 0.15:
+        seconds = rng.choice((0.001, 0.5))
+        faults += (Fault("drain", _service(rng, setup), at=_moment(rng), seconds=seconds),)
+        setup = replace(setup, drain_s=rng.choice((0.02, 0.5, 30.0)))
+    if rng.random() < 0.25:
+        setup = replace(setup, clocks_differ=True)
+        jump_s = rng.choice((3600.0, -3600.0, -1.7e9))
+        at = rng.choice((0.05, 0.2, 0.6)) * rng.random() + 1e-6
+        faults += (Fault("set_clock", _service(rng, setup), at=at, seconds=jump_s),)
+        if rng.random() < 0.5:  # then a lease must run out by itself
+            faults += (Fault("cut", rng.choice(("release", "unlease")), call=rng.randrange(2)),)
+    return replace(scenario, setup=setup, faults=faults)
+
+
+def _with_pulls(rng: random.Random, scenario: Scenario) -> Scenario:
+    """Two decode services that prefer each other's caches: what one has answered is asked of the
+    other when it may have heard of it."""
+    setup = replace(
+        scenario.setup,
+        num_decode=2,
+        prefer="pull",
+        page_lease_s=rng.choice((0.05, 0.3, 10.0)),
+    )
+    first = replace(_ask(rng, setup), num_prompt=rng.choice((49, 64, 80, 97)), leaves_s=None)
+    first = replace(first, at=0.0, timeout_s=PATIENCE_S)
+    later = tuple(
+        replace(
+            _ask(rng, setup),
+            at=rng.choice((0.3, 1.2, 2.6)) + 0.1 * rng.random(),
+            text=first.text,
+            num_prompt=rng.choice((49, 65, 80, 97)),
+            decode=1 - first.decode,
+        )
+        for _ in range(rng.choice((1, 1, 2, 6)))
+    )
+    if rng.random() < 0.4:  # the holder must make room while it is asked
+        setup = replace(setup, decode_pages=MOST_PAGES)
+        other = replace(
+            _ask(rng, setup),
+            at=later[0].at - 0.05 * rng.random(),
+            text=(first.text + 1) % len(PROMPTS),
+            num_prompt=97,
+            max_tokens=MAX_OUTPUT,
+            decode=first.decode,
+        )
+        later += (other,)
+    faults = tuple(_pull_fault(rng) for _ in range(rng.choice((0, 1, 1, 2))))
+    if rng.random() < 0.3:
+        at = later[0].at + rng.choice((0.001, 0.02)) * rng.random()
+        kind = rng.choice(("crash", "freeze", "drain"))
+        node = f"decode{rng.randrange(2)}"
+        faults += (Fault(kind, node, at=at, seconds=rng.choice((0.01, 0.5, 2.0))),)
+    return replace(scenario, setup=setup, asks=(first, *later), faults=scenario.faults[:1] + faults)
+
+
+def _pull_fault(rng: random.Random) -> Fault:
+    kind = rng.choice(("cut", "late", "flip", "twice", "swap", "again"))
+    route = rng.choices(("read", "lease", "unlease", "identify"), (6, 3, 1, 1))[0]
+    if kind == "again":
+        route = rng.choice(("lease", "unlease"))
+        seconds, bit = rng.choice((0.0001, 0.02, 0.3)) * rng.random(), rng.choice((0, 0, 1))
+        return Fault(kind, route, call=rng.randrange(2), seconds=seconds, bit=bit)
+    if route != "read" and kind in ("twice", "swap"):
+        kind = "cut"
+    first = 1 if kind in ("twice", "swap", "flip") else 0
+    return Fault(
+        kind,
+        route,
+        call=rng.randrange(2),
+        message=rng.randint(first, 8 if route == "read" else 1),
+        seconds=rng.choice((0.01, 0.3, 6.0)) if kind == "late" else 0.0,
+        bit=rng.randrange(4096) if kind == "flip" else 0,
+    )
 
 
 def _setup(rng: random.Random) -> Setup:

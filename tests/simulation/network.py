@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from quire.v1 import prefill_pb2
+from quire.v1 import page_service_pb2, prefill_pb2
 from tests.simulation.call import ROUTES, Call
 from tests.simulation.chance import Chance
 from tests.simulation.process import Process
@@ -25,6 +25,8 @@ from tests.simulation.virtual_time import VirtualLoop
 _MESSAGES = {
     "prefill": (prefill_pb2.PrefillRequest, prefill_pb2.PrefillResponse),
     "release": (prefill_pb2.ReleasePagesRequest, prefill_pb2.ReleasePagesResponse),
+    "lease": (page_service_pb2.LeasePagesRequest, page_service_pb2.LeasePagesResponse),
+    "unlease": (page_service_pb2.ReleaseLeaseRequest, page_service_pb2.ReleaseLeaseResponse),
 }
 _GHOST_S = 5.0
 
@@ -84,6 +86,11 @@ class Network:
     def busy_with(self, process: Process) -> list[str]:
         """Routes of the calls that a process serves or makes at this moment."""
         return [call.route for call in self._calls if process in (call.client, call.server)]
+
+    async def served(self, process: Process) -> None:
+        """Returns when no call that the process serves is in progress."""
+        while any(call.served_by(process) for call in self._calls):  # noqa: ASYNC110 - virtual time
+            await asyncio.sleep(0.01)
 
     def disconnect(self, process: Process) -> None:
         """The process has died: whoever talked to it is told by its system."""

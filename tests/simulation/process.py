@@ -16,6 +16,32 @@ def current_process() -> Process:
     return _current.get()
 
 
+@dataclass
+class Clock:
+    """A process's clocks: seconds of its own for each of the simulation's, from another start, and
+    a wall clock that somebody may set."""
+
+    offset_s: float = 0.0
+    rate: float = 1.0
+    wall_shift_s: float = 0.0
+
+    def local(self, now: float) -> float:
+        return self.offset_s + self.rate * now
+
+    def of_all(self, local: float) -> float:
+        """The simulation's time when the monotonic clock shows ``local``."""
+        return (local - self.offset_s) / self.rate
+
+
+_TRUE = Clock()
+
+
+def current_clock() -> Clock:
+    """The clocks of whose code is running; outside of all processes, the simulation's."""
+    process = _current.get(None)
+    return _TRUE if process is None else process.clock
+
+
 @dataclass(eq=False)
 class Process:
     """One life of one process: a service that is started again is another one.
@@ -27,6 +53,7 @@ class Process:
     life: int = 0
     frozen: tuple[tuple[float, float], ...] = ()
     alive: bool = True
+    clock: Clock = field(default_factory=Clock)
     handler: Callable[[str], Any] = field(default=lambda path: None)
     tasks: dict[asyncio.Task[Any], None] = field(default_factory=dict)
 

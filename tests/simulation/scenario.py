@@ -34,6 +34,10 @@ class Setup:
     max_latency_s: float
     max_step_s: float
     num_layer_groups: int
+    prefer: str = "remote"
+    page_lease_s: float = 10.0
+    drain_s: float = 0.5
+    clocks_differ: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,8 @@ class Fault:
     twice         that message comes twice
     swap          that message comes after the next
     flip          bit ``bit`` of that message is flipped
+    drain         ``node`` is told to go at ``at``, and started again ``seconds`` after its end
+    set_clock     the wall clock of ``node`` is set ``seconds`` ahead at ``at``
     bad_swap      page number ``call`` that comes back from swap is damaged in bit ``bit``
     again         a copy of the request of that call, ``seconds`` after it, by nobody in
                   particular; ``bit`` is added to its attempt

@@ -16,6 +16,7 @@ from decode_svc.config import DecodeSettings
 from engine import mailbox as mailbox_module
 from engine.core import EngineCore
 from engine.outputs import Output
+from engine.serving import server as serving
 from engine.serving import worker as worker_module
 from engine.serving.worker import Worker
 from engine.worker import Command, EngineWorker
@@ -26,7 +27,7 @@ from prefill_svc.__main__ import PrefillWorker
 from prefill_svc.config import PrefillSettings
 from tests.simulation.network import Network
 from tests.simulation.page_model import LOADED
-from tests.simulation.process import Process, current_process
+from tests.simulation.process import Clock, Process, current_process
 from tests.simulation.scenario import PAGE_SIZE, Fault, Setup
 
 INDEX_TIMEOUT_S = 0.2
@@ -85,7 +86,7 @@ class VirtualEngineWorker(EngineWorker):
     def _wake(self) -> None:
         if self._turn is None and not self._stopped:
             loop = self.network.loop
-            self._turn = loop.call_at(max(loop.now, self._step_ends), self._take_turn)
+            self._turn = loop.at(max(loop.now, self._step_ends), self._take_turn)
 
     def _take_turn(self) -> None:
         loop, process = self.network.loop, self._process
@@ -94,7 +95,7 @@ class VirtualEngineWorker(EngineWorker):
             return
         thawed = process.thawed(loop.now)
         if thawed > loop.now:
-            self._turn = loop.call_at(thawed, self._take_turn)
+            self._turn = loop.at(thawed, self._take_turn)
             return
         self._num_turns += 1
         took = self.max_step_s * self._chance("step")
@@ -115,7 +116,7 @@ class VirtualEngineWorker(EngineWorker):
         loop = self.network.loop
         arrival = loop.now + self.max_step_s * self._chance("outputs", len(outputs))
         self._last_delivery = max(arrival, self._last_delivery + 1e-6)
-        loop.call_at(self._last_delivery, self._deliver_now, outputs)
+        loop.at(self._last_delivery, self._deliver_now, outputs)
 
     def _chance(self, *what: object) -> float:
         process = self._process
@@ -149,7 +150,7 @@ class IndexServer:
 
     def forget(self) -> None:
         """Starts again, empty."""
-        self._index = MemoryPageIndex(self._network.loop.time)
+        self._index = MemoryPageIndex(lambda: self._network.loop.now)
 
     async def call(self, process: Process, name: str, args: tuple[Any, ...]) -> Any:
         network = self._network
@@ -179,10 +180,13 @@ class IndexServer:
 class Service:
     """One of the services, through its lives."""
 
-    def __init__(self, name: str, network: Network, index: IndexServer, setup: Setup) -> None:
+    def __init__(
+        self, name: str, network: Network, index: IndexServer, setup: Setup, clock: Clock
+    ) -> None:
         self.name = name
         self.endpoint = f"{name}:1"
         self.frozen: tuple[tuple[float, float], ...] = ()
+        self.clock = clock
         self.process = Process(name, alive=False)
         self.worker: Worker | None = None
         self._network = network
@@ -193,7 +197,7 @@ class Service:
     async def start(self) -> None:
         """A new life: another boot identity, empty pages, the same endpoint."""
         self._num_lives += 1
-        self.process = Process(self.name, self._num_lives, self.frozen)
+        self.process = Process(self.name, self._num_lives, self.frozen, clock=self.clock)
         self._network.listening[self.endpoint] = self.process
         starting = self.process.run(self._start())
         await asyncio.wait({starting})
@@ -218,6 +222,20 @@ class Service:
         self.process.die()
         self._network.disconnect(self.process)
 
+    async def drain(self) -> None:
+        """The way out that a signal begins, to the end of the process."""
+        process, worker = self.process, self.worker
+        assert worker is not None
+        calls: Any = _CallsServed(self._network, process)
+        leaving = process.run(serving._drain(worker, calls, self._setup.drain_s))
+        await asyncio.wait({leaving})
+        if not process.alive:  # it died on the way
+            return
+        leaving.result()
+        self._network.disconnect(process)
+        await asyncio.wait({process.run(worker.release())})
+        process.die()
+
     async def stop(self) -> None:
         """The orderly end."""
         if self.process.alive and self.worker is not None:
@@ -239,6 +257,7 @@ class Service:
             found.append(f"{ledger.num_free} free and {pool.num_idle} idle of {pool.num_pages}")
         found += [f"mailbox of {name}" for name in worker.engine._mailboxes]
         found += [f"swapped page of {name}" for name in core.scheduler.swap.holders()]
+        found += [f"page lease {each.hex()}" for each in worker.page_leases._current]
         found += [f"hold {slots}" for slots in core.scheduler._writing.values()]
         if isinstance(worker, PrefillWorker):
             servicer = worker._servicer
@@ -253,11 +272,22 @@ class Service:
 
     def outcomes(self) -> dict[str, int]:
         """How handovers ended here, by the word that the metric has for it."""
+        return self._counted("handovers")
+
+    def pulls(self) -> dict[str, int]:
+        """How reads of cached pages ended here, likewise."""
+        return self._counted("pulls")
+
+    def leases(self) -> dict[str, int]:
+        """What was said to whoever asked for cached pages here."""
+        return self._counted("leases")
+
+    def _counted(self, name: str) -> dict[str, int]:
         if self.worker is None:
             return {}
-        (metric,) = self.worker.metrics.handovers.collect()
+        (metric,) = getattr(self.worker.metrics, name).collect()
         return {
-            sample.labels["outcome"]: int(sample.value)
+            next(iter(sample.labels.values())): int(sample.value)
             for sample in metric.samples
             if sample.name.endswith("_total")
         }
@@ -273,6 +303,7 @@ class Service:
             "chunk_tokens": setup.chunk_tokens,
             "min_remote_tokens": setup.min_remote_tokens,
             "check_pages": True,
+            "page_lease_s": setup.page_lease_s,
         }
         if self.name.startswith("prefill"):
             tokens = setup.prefill_pages * PAGE_SIZE
@@ -287,9 +318,21 @@ class Service:
             pool_tokens=tokens,
             swap_bytes=setup.swap_pages * PAGE_BYTES,
             handover_idle_s=setup.handover_idle_s,
-            prefill="remote",  # which way is fastest is no matter here
+            prefill=setup.prefer,  # which way is fastest is no matter here
             **common,
         )
+
+
+class _CallsServed:
+    """Stands for ``RunningCalls``."""
+
+    def __init__(self, network: Network, process: Process) -> None:
+        self._network = network
+        self._process = process
+        self.num_running = 0
+
+    async def wait_idle(self) -> None:
+        await self._network.served(self._process)
 
 
 class _Details(grpc.HandlerCallDetails):

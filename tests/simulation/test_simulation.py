@@ -40,6 +40,20 @@ SETUP = Setup(
 LONG_ASK = Ask(at=0.0, text=0, num_prompt=97, max_tokens=10)
 
 SOMETIMES = (
+    "a decode drained in generate",
+    "a prefill drained in prefill",
+    "a wall clock was set",
+    "cut in identify",
+    "cut in lease",
+    "lease absent",
+    "lease granted",
+    "pull absent",
+    "pull failed_precondition",  # the lease had ended at the holder
+    "pull busy",
+    "pull landed",
+    "pull not_granted",
+    "pull silent",
+    "pull unavailable",
     "a decode died in generate",
     "a decode died in prefill",
     "a decode stood still",

@@ -18,7 +18,10 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from tests.simulation.process import current_clock
+
 MAX_TURNS = 200_000
+WALL_S = 1_700_000_000.0
 EPOCH_S = 1_000.0  # a clock that starts at 0 hides mistakes
 
 
@@ -49,7 +52,20 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super().__init__(_NoSelector(self._advance))
 
     def time(self) -> float:
-        return self.now
+        """What the monotonic clock of the running process shows."""
+        return current_clock().local(self.now)
+
+    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> Any:
+        """``when`` is of the running process's clock."""
+        when = max(current_clock().of_all(when), self.now)
+        return super().call_at(when, callback, *args, context=context)
+
+    def at(self, when: float, callback: Any, *args: Any) -> asyncio.TimerHandle:
+        """``when`` is the simulation's time, whosever code asks."""
+        return super().call_at(when, callback, *args)
+
+    def later(self, seconds: float, callback: Any, *args: Any) -> asyncio.TimerHandle:
+        return self.at(self.now + seconds, callback, *args)
 
     def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
         return self.call_soon(callback, *args, context=context)
@@ -85,10 +101,16 @@ def virtual_time(loop: VirtualLoop, seed: int) -> Iterator[None]:
     state = random.getstate()
     random.seed(seed)
     gc.disable()
+
+    def wall() -> float:
+        return WALL_S + loop.time() + current_clock().wall_shift_s
+
     try:
         with (
             patch.object(time, "monotonic", loop.time),
-            patch.object(time, "monotonic_ns", lambda: round(loop.now * 1e9)),
+            patch.object(time, "monotonic_ns", lambda: round(loop.time() * 1e9)),
+            patch.object(time, "time", wall),
+            patch.object(time, "time_ns", lambda: round(wall() * 1e9)),
             patch.object(secrets, "token_bytes", chance.randbytes),
             patch.object(secrets, "token_hex", lambda size: chance.randbytes(size).hex()),
             patch.object(secrets, "randbits", chance.getrandbits),

@@ -20,14 +20,16 @@ import xxhash
 from engine.completion import Finished
 from engine.core import EngineCore
 from engine.serving.leases import Leases
+from engine.serving.pages import PageServicer, lent_name
 from kvstore import memory as memory_module
 from kvstore.ledger import PageState
+from kvstore.page import PageFrame
 from kvstore.swap import MemoryRoom
 from tests.simulation.chance import Chance
 from tests.simulation.client import answer_to, problems_of
 from tests.simulation.errors_logged import errors_logged
 from tests.simulation.network import Network
-from tests.simulation.process import Process, task_of_process
+from tests.simulation.process import Clock, Process, task_of_process
 from tests.simulation.reference import expected_tokens
 from tests.simulation.scenario import Ask, Fault, Scenario
 from tests.simulation.services import (
@@ -44,6 +46,7 @@ HONEST_REASONS = frozenset(
     {"landed", "committed", "no_worker", "silent", "unavailable", "cancelled", "boot_id"}
     | {"deadline_exceeded", "resource_exhausted", "incomplete", "aborted", "invalid_argument"}
 )
+HONEST_PULLS = HONEST_REASONS | {"absent", "busy", "failed_precondition", "lease_over"}
 CORRUPTING = frozenset({"flip", "swap", "twice"})
 SPARE_S = 5.0
 
@@ -81,8 +84,18 @@ class _World:
         self._index = IndexServer(self._network)
         names = [f"prefill{number}" for number in range(setup.num_prefill)]
         names += [f"decode{number}" for number in range(setup.num_decode)]
-        self._services = {name: Service(name, self._network, self._index, setup) for name in names}
+        self._services = {
+            name: Service(name, self._network, self._index, setup, self._clock_of(name))
+            for name in names
+        }
         self._client = Process("client")
+
+    def _clock_of(self, name: str) -> Clock:
+        """Of another start and rate in every process, if the scenario says so."""
+        if not self.scenario.setup.clocks_differ:
+            return Clock()
+        between = self._network.chance.between
+        return Clock(between(0.0, 1e5, name, "offset"), between(0.9, 1.1, name, "rate"))
 
     def run(self) -> Result:
         loop, scenario = self._loop, self.scenario
@@ -126,7 +139,17 @@ class _World:
             if bit is not None:
                 target[bit // 8 % len(target)] ^= 1 << bit % 8
 
+        send = PageServicer._with_payload
+
+        def noted_send(servicer: PageServicer, frame: PageFrame) -> PageFrame:
+            core, slot = servicer._engine.core, frame.identity.reference.slot
+            holders = core.pool.ledger[slot].leases
+            if not any(holder.startswith(lent_name("")) for holder in holders):
+                self._problem(f"page {slot} is read out of a cache without a lease")
+            return send(servicer, frame)
+
         with (
+            patch.object(PageServicer, "_with_payload", noted_send),
             patch.object(MemoryRoom, "read", damaged_read),
             patch.object(VirtualEngineWorker, "network", self._network, create=True),
             patch.object(VirtualEngineWorker, "max_step_s", setup.max_step_s, create=True),
@@ -159,7 +182,7 @@ class _World:
         answer = await answer_to(ask, self._decode_endpoints(ask.decode))
         self._trace("request over", number, answer.end, answer.tokens)
         self.result.reached.add(f"request {answer.end}")
-        for problem in problems_of(ask, answer, self.scenario.faults):
+        for problem in problems_of(ask, answer, self.scenario):
             self._problem(f"request {number} {problem}")
         late = self._loop.now - (began + ask.at + ask.timeout_s)
         if late > 1.0:
@@ -194,6 +217,13 @@ class _World:
             case "empty_index":
                 await asyncio.sleep(at - self._loop.now)
                 self._index.forget()
+            case "set_clock":
+                await asyncio.sleep(at - self._loop.now)
+                self._services[fault.node].clock.wall_shift_s += fault.seconds
+                self.result.reached.add("a wall clock was set")
+            case "drain":
+                await asyncio.sleep(at - self._loop.now)
+                await self._drain(self._services[fault.node], fault.seconds)
             case "crash":
                 await asyncio.sleep(at - self._loop.now)
                 await self._crash(self._services[fault.node], fault.seconds)
@@ -207,6 +237,18 @@ class _World:
         service.crash()
         await asyncio.sleep(seconds)
         await service.start()
+
+    async def _drain(self, service: Service, seconds: float) -> None:
+        process, worker = service.process, service.worker
+        if not process.alive or worker is None or worker.state != "serving":
+            return
+        for route in set(self._network.busy_with(process)):
+            self.result.reached.add(f"a {service.name[:-1]} drained in {route}")
+        await service.drain()
+        self._note_outcomes(service)
+        await asyncio.sleep(seconds)
+        if service.process is process:
+            await service.start()
 
     # -- what must hold
 
@@ -228,7 +270,8 @@ class _World:
     async def _rest(self) -> None:
         """Everything is given back soon after the last request, whatever happened."""
         setup = self.scenario.setup
-        until = self._loop.now + 2 * setup.lease_s + setup.handover_idle_s + SPARE_S
+        leases_s = 2 * (setup.lease_s + setup.page_lease_s)
+        until = self._loop.now + leases_s + setup.handover_idle_s + SPARE_S
         while held := self._held():
             if self._loop.now > until:
                 for each in held:
@@ -247,6 +290,16 @@ class _World:
             self.result.reached.add(f"handover {reason}")
             if reason not in HONEST_REASONS and not kinds & CORRUPTING:
                 self._problem(f"{service.name}: a handover failed for {reason}")
+
+        for reason, count in service.pulls().items():
+            if not count:
+                continue
+            self.result.reached.add(f"pull {reason}")
+            if reason not in HONEST_PULLS and not kinds & CORRUPTING:
+                self._problem(f"{service.name}: a pull failed for {reason}")
+        for answer, count in service.leases().items():
+            if count:
+                self.result.reached.add(f"lease {answer}")
 
     def _note_usage(self, finished: Finished) -> None:
         usage = finished.usage
