@@ -66,7 +66,7 @@ class Sources:
         """The way on which the missing pages are predicted to come soonest."""
         with stage_span(Lifecycle.CHOOSE) as span:
             hints = await self._hints(wanted, reservation)
-            holder = self._workers.holder(hints.held_pages) if may_pull else None
+            holder = await self._workers.holder(hints.held_pages) if may_pull else None
             prefill = await self._workers.find(hints.hit_tokens, wanted.own_numerics)
             situation = self._situation(reservation, holder, prefill, hints)
             decision = self._decider.decide(situation)

@@ -25,6 +25,7 @@ from engine.serving.channels import open_channel
 from kvstore.index import PageIndex, PageIndexError, WorkerRecord
 
 REFRESH_S = 1.0
+LOOK_AGAIN_S = 0.1
 KEEP_S = 10.0
 AVOID_S = 5.0
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class KnownWorkers:
         self._clock = clock
         self._on_gone = on_gone
         self._known: dict[str, _Known] = {}
+        self._looked = -LOOK_AGAIN_S
         self._avoid: dict[str, float] = {}
         self._sent: Counter[str] = Counter()
         self._peers: dict[str, Peer] = {}
@@ -69,8 +71,12 @@ class KnownWorkers:
         reader = replace(self.reader, allow_foreign=False) if own_numerics else self.reader
         return choose_prefill(self._records(), reader, self._avoided(), hit_tokens)
 
-    def holder(self, held_pages: Mapping[str, int]) -> WorkerRecord | None:
-        """The worker whose cached pages are read; see ``choose_holder``."""
+    async def holder(self, held_pages: Mapping[str, int]) -> WorkerRecord | None:
+        """The worker whose cached pages are read; see ``choose_holder``. Where the index names one
+        that is not known yet, after one more look, if the last one was not just now."""
+        unknown = held_pages.keys() - self._known.keys()
+        if unknown and self._clock() - self._looked >= LOOK_AGAIN_S:
+            await self.refresh()
         return choose_holder(self._records(), self.reader, self._avoided(), held_pages)
 
     async def find(
@@ -120,7 +126,7 @@ class KnownWorkers:
         except PageIndexError as error:
             log.debug("worker list not refreshed: %s", error)
             return
-        now = self._clock()
+        now = self._looked = self._clock()
         taken = {record.endpoint for record in listed}
         kept = {
             boot_id: known

@@ -69,6 +69,13 @@ async def record_like(node: Node, **changes: str) -> WorkerRecord:
     return replace(record, **changes)  # type: ignore[arg-type]
 
 
+async def keep_silent(owner: Node) -> None:
+    """The index hears of no page that the owner evicts."""
+    registration = owner.worker._registration
+    assert registration is not None
+    await registration._telling.acquire()
+
+
 async def test_a_holder_that_is_dead_is_left_alone_after_one_try(redis_url: str) -> None:
     async with running(redis_url, num_prefill=0, decode=PULL) as cluster:
         (reader,) = cluster.decode
@@ -103,6 +110,7 @@ async def test_a_prefill_worker_takes_over_when_the_holder_fails(redis_url: str)
 
 async def test_pages_evicted_since_they_were_published_are_computed(pair: Cluster) -> None:
     owner, reader = pair.decode
+    await keep_silent(owner)
     await owner.worker.engine.call(lambda core: core.pool.clear_cache())
     await check_computed(reader, absent=1)
 
@@ -115,6 +123,7 @@ async def test_of_a_prefix_evicted_in_part_the_rest_is_read(pair: Cluster) -> No
         for _ in range(10):
             core.pool._evict()
 
+    await keep_silent(owner)
     await owner.worker.engine.call(evict_ten)
     assert await answer(reader) == await expected_tokens()
     assert counted(reader, "pulled_pages") == {"": NUM_PAGES - 9}

@@ -17,7 +17,7 @@ from tests.simulation.scenario import Ask, Fault, Scenario, Setup
 from tests.simulation.shrink import shrunk
 from tests.simulation.world import simulate
 
-SEEDS, MORE_SEEDS = 600, 20_000
+SEEDS, MORE_SEEDS = 1_200, 20_000
 MOST_SEEDS_TO_A_BUG, MOST_RUNS = 300, 80
 
 SETUP = Setup(

@@ -332,7 +332,8 @@ def test_speculation_is_measured_in_pairs_of_the_same_tokens(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small_machine(monkeypatch)
-    flags = "speculate --model hash --texts story --batch 1,3 --tokens 8 --repeat 2 --json"
+    what = "speculate --model hash --texts story --proposers lookup --batch 1,3"
+    flags = f"{what} --tokens 8 --repeat 2 --json"
     assert cli.main(flags.split()) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["proposer"], row["text"], row["batch"]) for row in rows] == [

@@ -9,7 +9,7 @@ import pytest
 
 from decode_svc.choose import choose_prefill
 from decode_svc.reader import Reader
-from decode_svc.workers import AVOID_S, KEEP_S, KnownWorkers
+from decode_svc.workers import AVOID_S, KEEP_S, LOOK_AGAIN_S, KnownWorkers
 from kvstore.fingerprint import LayoutFingerprint
 from kvstore.index import IndexUnavailable, WorkerLoad, WorkerRecord, WorkerRole
 from kvstore.index.memory import MemoryPageIndex
@@ -118,6 +118,23 @@ async def test_while_a_worker_is_known_finding_one_asks_the_index_nothing() -> N
     await workers.refresh()
     index.listed = [worker("b")]
     assert await workers.find() == worker("a")
+
+
+async def test_a_holder_that_registered_since_the_last_look_is_found() -> None:
+    """The index names its pages within milliseconds; the list of workers is read each second."""
+    index, clock = Index(), Clock()
+    workers = KnownWorkers(index, OURS, clock)
+    await workers.refresh()
+    index.listed = [worker("a")]
+    held = {worker("a").boot_id: 3}
+    assert await workers.holder(held) is None  # it has just looked
+    clock.now += LOOK_AGAIN_S
+    found = await workers.holder(held)
+    assert found is not None
+    assert found.boot_id == worker("a").boot_id
+    index.listed = []
+    clock.now += LOOK_AGAIN_S
+    assert await workers.holder(held) == found  # known: nobody was asked
 
 
 async def test_an_index_restarted_empty_is_not_believed_at_once() -> None:
