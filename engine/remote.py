@@ -44,6 +44,7 @@ from quire.v1 import inference_pb2_grpc
 
 DEFAULT_TIMEOUT_S = 600.0
 DEFAULT_IDLE_S = 2.0
+ALONE_IDLE_S = 10.0
 DEFAULT_PATIENCE_S = 10.0
 FIRST_MESSAGE_S = 10.0
 LEARN_EVERY_S = 10.0
@@ -57,8 +58,9 @@ class AsyncRemoteEngine(AsyncClient):
     """Sends requests to decode services in turn, and to others that these tell of in their place.
 
     ``timeout_s`` is the deadline of each request, over all workers it needs. A worker that is
-    silent for ``idle_s`` is given up: one that lives sends something every half second. A stream
-    that lost its worker looks for another one for ``patience_s``, then raises why it broke.
+    silent for ``idle_s`` is given up: one that lives sends something every half second. Where no
+    other is known, one on a busy machine gets at least ``ALONE_IDLE_S``. A stream that lost its
+    worker looks for another one for ``patience_s``, then raises why it broke.
     """
 
     def __init__(
@@ -128,6 +130,12 @@ class AsyncRemoteEngine(AsyncClient):
             await asyncio.gather(self._learning, return_exceptions=True)
         await self._channels.close()
 
+    @property
+    def _longest_silence_s(self) -> float:
+        if len(self._endpoints.known) > 1:
+            return self._idle_s
+        return max(self._idle_s, ALONE_IDLE_S)
+
     def _request(
         self, prompt: Prompt, params: SamplingParams, resume: Sequence[ChoiceSoFar]
     ) -> pb.GenerateRequest:
@@ -164,7 +172,7 @@ class AsyncRemoteEngine(AsyncClient):
                 while True:
                     async with asyncio.timeout(idle_s):
                         message = await anext(messages)
-                    idle_s = self._idle_s
+                    idle_s = self._longest_silence_s
                     self._endpoints.have_served = True
                     item = item_from_wire(message)
                     if not isinstance(item, Waiting):
