@@ -46,14 +46,16 @@ from kvstore.prefix_hash import PrefixHasher
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """``chunk_tokens``: prompt rows of one sequence in a step; ``max_step_tokens``: rows of a step.
+    """``chunk_tokens``: prompt rows of one sequence in a step; ``max_step_tokens``: rows of a step;
+    ``mixed_prompt_tokens``: prompt rows of a step in which a sequence waits for its next token.
 
     A prompt whose uncached rest is shorter than ``min_remote_tokens`` is prefilled here.
     """
 
     max_sequences: int = 64
-    max_step_tokens: int = 256
-    chunk_tokens: int = 128
+    max_step_tokens: int = 512
+    chunk_tokens: int = 512
+    mixed_prompt_tokens: int = 128
     min_remote_tokens: int = 64
 
     def __post_init__(self) -> None:
@@ -62,8 +64,9 @@ class SchedulerLimits:
                 f"max_sequences must be 1 to max_step_tokens ({self.max_step_tokens}), "
                 f"not {self.max_sequences}"
             )
-        if self.chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens must be at least 1, not {self.chunk_tokens}")
+        for name in ("chunk_tokens", "mixed_prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 class Scheduler:
@@ -346,11 +349,15 @@ class Scheduler:
         so no prompt makes the others wait.
         """
         budget = self.limits.max_step_tokens
+        decoding = False
         running = [self._sequences[name] for name in self._running]
         running.sort(key=lambda sequence: sequence.num_remaining)
         for position, sequence in enumerate(running):
+            if decoding and sequence.num_remaining > 1:
+                budget = min(budget, self.limits.mixed_prompt_tokens)
             share = -(-budget // (len(running) - position))
             count = min(sequence.num_remaining, self.limits.chunk_tokens, share)
+            decoding |= sequence.num_remaining == 1
             if count:
                 budget -= count
                 yield sequence.name, count

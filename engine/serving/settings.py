@@ -36,9 +36,15 @@ class WorkerSettings:
         16384, help="size of the KV pool in tokens", minimum=16, maximum=2**31 - 1
     )
     max_sequences: int = setting(64, help="sequences in a step at most", minimum=1, maximum=4096)
-    max_step_tokens: int = setting(256, help="rows in a step at most", minimum=1, maximum=65536)
+    max_step_tokens: int = setting(512, help="rows in a step at most", minimum=1, maximum=65536)
     chunk_tokens: int = setting(
-        128, help="rows of one prompt in a step at most", minimum=1, maximum=65536
+        512, help="rows of one prompt in a step at most", minimum=1, maximum=65536
+    )
+    mixed_prompt_tokens: int = setting(
+        128,
+        help="rows of prompts in a step that other sequences wait for",
+        minimum=1,
+        maximum=65536,
     )
     min_remote_tokens: int = setting(
         64,
@@ -107,6 +113,7 @@ class WorkerSettings:
             max_sequences=self.max_sequences,
             max_step_tokens=self.max_step_tokens,
             chunk_tokens=self.chunk_tokens,
+            mixed_prompt_tokens=self.mixed_prompt_tokens,
             min_remote_tokens=self.min_remote_tokens,
         )
         num_pages = -(-self.pool_tokens // self.page_size)

@@ -111,6 +111,18 @@ def test_decode_rows_go_before_prompt_rows_when_the_budget_is_short() -> None:
     assert {rows.name: len(rows.tokens) for rows in plan.rows} == {"a": 1, "long": 7}
 
 
+def test_prompts_get_fewer_rows_while_a_sequence_waits_for_its_next_token() -> None:
+    driver = Driver(64, chunk_tokens=64, mixed_prompt_tokens=10)
+    plan = driver.step(driver.submit("a", 50, 2), driver.submit("b", 200, 1))
+    assert {rows.name: len(rows.tokens) for rows in plan.rows} == {"a": 32, "b": 32}
+    plan = driver.step(driver.submit("c", 200, 1))
+    assert {rows.name: len(rows.tokens) for rows in plan.rows} == {"a": 18, "b": 23, "c": 23}
+    plan = driver.step()
+    assert {rows.name: len(rows.tokens) for rows in plan.rows} == {"a": 1, "b": 5, "c": 5}
+    plan = driver.step()
+    assert {rows.name: len(rows.tokens) for rows in plan.rows} == {"b": 32, "c": 32}
+
+
 def test_only_the_last_row_of_a_known_text_wants_logits() -> None:
     driver = Driver(32, chunk_tokens=10)
     first = driver.step(driver.submit("a", 15, 3))
