@@ -1,8 +1,9 @@
 """Speculation: tokens per second with drafts beside those without, in turn on the same model.
 
-Every pair runs the same prompts, greedily, once with the proposer and once without; which of the
-two goes first alternates. Prompts come from the prefix cache, so decoding is what is timed. The
-texts are of several kinds, because what can be guessed depends on them (``bench/prompts``).
+Every pair runs the same prompts, greedily, each once with the proposer and at once once without;
+which of the two goes first alternates. Prompts come from the prefix cache, so decoding is what is
+timed. The texts are of several kinds, because what can be guessed depends on them
+(``bench/prompts``).
 """
 
 from __future__ import annotations
@@ -135,23 +136,20 @@ async def bench_pairs(
 ) -> tuple[list[Pair], list[Completion]]:
     """The times, and what the drafting engine brought; asserts that both bring the same tokens."""
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-    expected, _ = await timed(without, batches, params)
-    found, _ = await timed(drafting, batches, params)
+    found = [each for batch in batches for each in await drafting.generate(batch, params)]
+    expected = [each for batch in batches for each in await without.generate(batch, params)]
     assert [each.token_ids for each in found] == [each.token_ids for each in expected]
     pairs = []
     for number in range(num_pairs):
-        order = (without, drafting) if number % 2 else (drafting, without)
-        times = {engine: (await timed(engine, batches, params))[1] for engine in order}
-        pairs.append(Pair(times[without], times[drafting]))
+        seconds = {without: 0.0, drafting: 0.0}
+        for place, batch in enumerate(batches):
+            order = (without, drafting) if (number + place) % 2 else (drafting, without)
+            for engine in order:
+                began = time.perf_counter()
+                await engine.generate(batch, params)
+                seconds[engine] += time.perf_counter() - began
+        pairs.append(Pair(seconds[without], seconds[drafting]))
     return pairs, found
-
-
-async def timed(
-    engine: AsyncLocalEngine, batches: Sequence[Batch], params: SamplingParams
-) -> tuple[list[Completion], float]:
-    began = time.perf_counter()
-    found = [each for batch in batches for each in await engine.generate(batch, params)]
-    return found, time.perf_counter() - began
 
 
 def figures(pairs: Sequence[Pair], found: Sequence[Completion]) -> Row:

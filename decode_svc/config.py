@@ -54,7 +54,8 @@ class DecodeSettings(WorkerSettings):
     speculate: str = setting(
         "off",
         help="guess tokens and verify them in the step of the next one; lookup: copied from where "
-        "the last tokens stood before; model: by another model. It changes no token",
+        "the last tokens stood before; history: there or in what the tenant was answered before; "
+        "model: by another model. It changes no token",
         choices=SPECULATION_MODES,
     )
     draft: str = setting("", help="name or path of the model that guesses; the served one without")

@@ -214,7 +214,7 @@ class EngineCore:
         self._publish_faults(effects.faults)
         if plan.coming_pages:  # a step that failed on the way has told less
             self.progress.tell(base + self.layout.num_layers)
-        self.last_step = self._stats(plan.rows, outcomes, ended - started)
+        self.last_step = self._stats(plan.rows, ended - started)
         if self.speculator is not None and not self.last_step.prompt_rows:
             self.speculator.times.learn(self.last_step.step_rows, self.last_step.step_time)
         if self._swapper is not None:
@@ -378,12 +378,7 @@ class EngineCore:
         )
         return PageIdentity(reference, page.page_index, page.num_tokens)
 
-    def _stats(
-        self,
-        rows: Sequence[PlannedRows],
-        outcomes: Mapping[str, Outcome | None],
-        elapsed_ns: int,
-    ) -> StepStats:
+    def _stats(self, rows: Sequence[PlannedRows], elapsed_ns: int) -> StepStats:
         context = sum(row.start + len(row.tokens) for row in rows)
         num_rows = sum(len(row.tokens) for row in rows)
         return StepStats(
@@ -392,8 +387,6 @@ class EngineCore:
             prompt_rows=num_rows - sum(row.num_logits for row in rows),
             step_bytes=self.model.spec.weight_bytes + context * self.layout.token_bytes,
             step_time=elapsed_ns / 1e9,
-            drafted_tokens=sum(row.num_drafts for row in rows),
-            accepted_tokens=sum(len(each.token_ids[1:]) for each in outcomes.values() if each),
         )
 
     def _scheduler(self) -> Scheduler:

@@ -122,7 +122,6 @@ class StepStats:
 
     ``step_bytes`` is what they had to read of weights and KV (design, law 8); prompt rows are those
     whose logits nobody wanted. Pages are counted as they were swapped out, in, or not found intact.
-    Every accepted one of the drafted tokens saved a pass.
     """
 
     steps: int = 0
@@ -133,8 +132,6 @@ class StepStats:
     swapped_out: int = 0
     swapped_in: int = 0
     swap_lost: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
 
     def __add__(self, other: StepStats) -> StepStats:
         return StepStats(
@@ -146,6 +143,4 @@ class StepStats:
             self.swapped_out + other.swapped_out,
             self.swapped_in + other.swapped_in,
             self.swap_lost + other.swap_lost,
-            self.drafted_tokens + other.drafted_tokens,
-            self.accepted_tokens + other.accepted_tokens,
         )

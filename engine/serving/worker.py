@@ -228,7 +228,11 @@ class Worker(ABC):
             pages = {str(state): core.pool.ledger.count(state) for state in PageState}
             pages["swapped"] = core.scheduler.swap.num_held
             return Load(
-                core.scheduler.num_running, core.scheduler.num_waiting, pages, asdict(core.totals)
+                num_running=core.scheduler.num_running,
+                num_waiting=core.scheduler.num_waiting,
+                pages=pages,
+                totals=asdict(core.totals),
+                drafts=None if core.speculator is None else core.speculator.stats,
             )
 
         self.metrics.watch(load)

@@ -9,6 +9,13 @@ proposer must do; ``lengths`` decides how many drafts of each sequence are worth
 from engine.speculation.draft_model import DraftModel
 from engine.speculation.lengths import StepTimes
 from engine.speculation.measure import measure_steps
-from engine.speculation.speculator import Speculator, open_speculator
+from engine.speculation.speculator import SpeculationStats, Speculator, open_speculator
 
-__all__ = ["DraftModel", "Speculator", "StepTimes", "measure_steps", "open_speculator"]
+__all__ = [
+    "DraftModel",
+    "SpeculationStats",
+    "Speculator",
+    "StepTimes",
+    "measure_steps",
+    "open_speculator",
+]

@@ -72,7 +72,9 @@ class DraftModel:
         self.pool = PagePool(num_pages, page_size, time.monotonic)
         self._generations = generations
         self._sequences: dict[str, _Sequence] = {}
-        self.seconds_per_token = measure_steps(model, self._memory.kv, self._layout)[1]
+        seconds = measure_steps(model, self._memory.kv, self._layout)
+        self.seconds_per_token = seconds[1]
+        self._seconds_per_row = seconds[max(seconds)] / max(seconds)
 
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
         self._sequences[name] = _Sequence(list(tokens))
@@ -84,6 +86,10 @@ class DraftModel:
         sequence = self._sequences.pop(name, None)
         if sequence is not None:
             self.pool.release(sequence.pages, name)
+
+    def start_s(self, name: str) -> float:
+        sequence = self._sequences[name]
+        return (len(sequence.tokens) - 1 - sequence.num_agreed) * self._seconds_per_row
 
     def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:
         """Nothing for a sequence that finds no pages."""

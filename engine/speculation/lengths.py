@@ -69,6 +69,14 @@ class StepTimes:
         self._extra = max(self._extra, -0.9 * float(self._seconds[0]))
 
 
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How many drafts of each sequence to verify, and the seconds that saves with every token."""
+
+    each: list[int]
+    saved_s: float
+
+
 def best_lengths(
     rates: Sequence[float],
     most: Sequence[int],
@@ -76,16 +84,15 @@ def best_lengths(
     num_rows: int,
     times: StepTimes,
     draft_s: float = 0.0,
-) -> list[int]:
-    """How many drafts of each sequence to verify in a step that brings ``num_tokens`` with
-    ``num_rows`` rows anyway.
+) -> Lengths:
+    """For a step that brings ``num_tokens`` with ``num_rows`` rows anyway.
 
     ``rates`` are the chances that a draft is right, ``most`` how many there are or may be; making
     all of them one longer takes ``draft_s``.
     """
     lengths, best = [0] * len(rates), [0] * len(rates)
     tokens = float(num_tokens)
-    speed = tokens / times.seconds(num_rows)
+    without = least = times.seconds(num_rows) / tokens
     gains = [(-rate, index) for index, rate in enumerate(rates) if most[index] > 0]
     heapq.heapify(gains)
     rows = num_rows
@@ -94,10 +101,10 @@ def best_lengths(
         lengths[index] += 1
         rows += 1
         tokens -= gain
-        speed_now = tokens / (times.seconds(rows) + draft_s * max(lengths))
-        if speed_now > speed:
-            speed = speed_now
+        seconds = (times.seconds(rows) + draft_s * max(lengths)) / tokens
+        if seconds < least:
+            least = seconds
             best = lengths.copy()
         if lengths[index] < most[index]:
             heapq.heappush(gains, (gain * rates[index], index))
-    return best
+    return Lengths(best, without - least)

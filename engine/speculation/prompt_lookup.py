@@ -1,72 +1,126 @@
-"""Drafts copied from where the sequence's last tokens stood before, in its prompt or its output.
+"""Drafts copied from where the sequence's last tokens stood before.
 
-Prompt lookup decoding (Saxena, 2023, github.com/apoorvumang/prompt-lookup-decoding): for summaries,
-edits and code, whose words are there already. A table from the last few tokens to the position
-after their latest occurrence makes a lookup one step, however long the sequence is.
+Prompt lookup decoding (Saxena, 2023, github.com/apoorvumang/prompt-lookup-decoding) with the
+longest match that there is, as in SAM decoding (Hu et al., 2024, arXiv:2411.10666): for summaries,
+edits and code, whose words are there already. They are looked for in the sequence itself and, where
+there are ``PastOutputs``, in what the same tenant was answered before.
+
+How much a match promises is counted: each token that comes shows whether a draft would have been
+right, drafted or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
+from engine.speculation.past_outputs import END, PastOutputs
 from engine.speculation.proposer import Draft
+from engine.speculation.suffix_automaton import Match, Reader, SuffixAutomaton
 
-# The lengths of a match that are tried, longest first, and how much each promises at first.
-CONFIDENCE = {4: 0.8, 3: 0.6, 2: 0.4}
-SHORTEST = min(CONFIDENCE)
+# Chances that a match of so many tokens goes on as it did before, until they are counted.
+PROMISES = (0.0, 0.1, 0.4, 0.6, 0.8)
+SHORTEST = 2
+_PROMISE_WEIGHT = 4.0
+_KEEP = 0.99
+_LONGEST = 8  # longer ones count as such
+_READ_OF_PROMPT = 16
 
 
 class PromptLookup:
-    """Proposes what followed the longest match that it has a table for."""
+    """Proposes what followed the match that promises most."""
 
-    name = "lookup"
     seconds_per_token = 0.0
     expects = None
 
-    def __init__(self) -> None:
-        self._known: dict[str, _Index] = {}
+    def __init__(self, past: PastOutputs | None = None) -> None:
+        self.name = "lookup" if past is None else "history"
+        self._past = past
+        self._texts: dict[str, _Text] = {}
+        self._own_rates, self._past_rates = _Rates(), _Rates()
 
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
-        self._known[name] = _Index()
-        self._known[name].extend(tokens)
+        readers = () if self._past is None else self._past.readers(tenant)
+        text = self._texts[name] = _Text(tenant, SuffixAutomaton(), tuple(readers), len(tokens))
+        for token in tokens:
+            text.own.append(token)
+        for token in tokens[-_READ_OF_PROMPT:]:
+            text.read(token)
 
     def extend(self, name: str, tokens: Sequence[int]) -> None:
-        self._known[name].extend(tokens)
+        text = self._texts[name]
+        for token in tokens:
+            for source, match, rates in self._matches(text):
+                rates.count(match.length, source.tokens[match.after] == token)
+            text.own.append(token)
+            text.read(token)
 
     def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:
-        return {name: self._known[name].draft(number) for name, number in most.items()}
+        return {name: self._draft(self._texts[name], number) for name, number in most.items()}
 
     def forget(self, name: str) -> None:
-        self._known.pop(name, None)
+        text = self._texts.pop(name, None)
+        if text is not None and self._past is not None:
+            self._past.add(text.tenant, text.own.tokens[text.num_given :])
+
+    def start_s(self, name: str) -> float:
+        return 0.0
+
+    def _draft(self, text: _Text, most: int) -> Draft:
+        best = Draft()
+        for source, match, rates in self._matches(text):
+            confidence = rates.of(match.length)
+            if confidence > best.confidence:
+                best = Draft(_copied(source, match.after, most), confidence)
+        return best
+
+    def _matches(self, text: _Text) -> Iterator[tuple[SuffixAutomaton, Match, _Rates]]:
+        """Those that go on."""
+        if text.own.repeat.length >= SHORTEST:
+            yield text.own, text.own.repeat, self._own_rates
+        for reader in text.readers:
+            match = reader.match
+            if match.length >= SHORTEST and reader.automaton.tokens[match.after] != END:
+                yield reader.automaton, match, self._past_rates
 
 
-class _Index:
-    """Where in ``tokens`` what followed every run of a few tokens begins, the latest of all."""
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A sequence: its own tokens, of which it was given the first, and how it stands in others."""
+
+    tenant: str
+    own: SuffixAutomaton
+    readers: tuple[Reader, ...]
+    num_given: int
+
+    def read(self, token: int) -> None:
+        for reader in self.readers:
+            reader.read(token)
+
+
+class _Rates:
+    """How often matches went on as before lately, by their length."""
 
     def __init__(self) -> None:
-        self._tokens: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}
+        promises = PROMISES + PROMISES[-1:] * (_LONGEST + 1 - len(PROMISES))
+        self._right = [promise * _PROMISE_WEIGHT for promise in promises]
+        self._tried = [_PROMISE_WEIGHT] * len(promises)
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """The run that ends with the very last token has no successor yet: it is not entered."""
-        known = self._tokens
-        for token in tokens:
-            for length in CONFIDENCE:
-                if len(known) >= length:
-                    self._after[tuple(known[-length:])] = len(known)
-            known.append(token)
+    def of(self, length: int) -> float:
+        length = min(length, _LONGEST)
+        return self._right[length] / self._tried[length]
 
-    def draft(self, most: int) -> Draft:
-        for length, confidence in CONFIDENCE.items():
-            at = self._after.get(tuple(self._tokens[-length:]))
-            if at is not None and len(self._tokens) >= length:
-                return Draft(self._copied(at, most), confidence)
-        return Draft()
+    def count(self, length: int, right: bool) -> None:
+        length = min(length, _LONGEST)
+        self._right[length] = self._right[length] * _KEEP + right
+        self._tried[length] = self._tried[length] * _KEEP + 1.0
 
-    def _copied(self, at: int, most: int) -> tuple[int, ...]:
-        """From position ``at`` on; past the end of the tokens it goes on with what it copied."""
-        copied = self._tokens[at : at + most]
-        period = len(self._tokens) - at
-        while len(copied) < most:
-            copied.append(copied[len(copied) - period])
-        return tuple(copied)
+
+def _copied(source: SuffixAutomaton, at: int, most: int) -> tuple[int, ...]:
+    """From position ``at`` on, to the end of an output; past the end of a text that is still being
+    written it goes on with what it copied."""
+    copied = source.tokens[at : at + most].tolist()
+    period = len(source.tokens) - at
+    while len(copied) < most:
+        copied.append(copied[len(copied) - period])
+    return tuple(copied[: copied.index(END)] if END in copied else copied)

@@ -49,6 +49,10 @@ class Proposer(Protocol):
         """Of each sequence at most so many tokens after all that it has."""
         ...
 
+    def start_s(self, name: str) -> float:
+        """Seconds before its first draft, such as for a prompt that a draft model has not read."""
+        ...
+
     def forget(self, name: str) -> None:
         """The sequence is over. Unknown names are fine."""
         ...

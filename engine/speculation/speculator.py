@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
+from math import inf
 
 from engine.modes import SPECULATION_MODES
 from engine.plan import Drafted
 from engine.speculation.draft_model import DraftModel
 from engine.speculation.lengths import Acceptance, StepTimes, best_lengths
+from engine.speculation.past_outputs import PastOutputs
 from engine.speculation.prompt_lookup import PromptLookup
 from engine.speculation.proposer import Draft, Proposer
 
@@ -23,9 +25,10 @@ MOST_DRAFTS = 15
 
 @dataclass(slots=True)
 class SpeculationStats:
-    """What drafts did so far. ``accepted_at[i]`` counts those right at position ``i`` of a draft;
-    each accepted one saved a pass. ``draft_time`` is in seconds."""
+    """What a proposer's drafts did so far. ``accepted_at[i]`` counts those right at position ``i``
+    of a draft; each accepted one saved a pass. ``draft_time`` is in seconds."""
 
+    proposer: str = ""
     proposed: int = 0
     accepted_at: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
     failures: int = 0
@@ -42,7 +45,7 @@ class Speculator:
     def __init__(self, proposer: Proposer, vocab_size: int, times: StepTimes) -> None:
         self.proposer = proposer
         self.times = times
-        self.stats = SpeculationStats()
+        self.stats = SpeculationStats(proposer.name)
         self._vocab_size = vocab_size
         self._acceptance: dict[str, Acceptance] = {}
 
@@ -80,29 +83,49 @@ class Speculator:
             for name, number in left.items()
             if number > 1 and name in self._acceptance
         }
+        if not most:
+            return []
         rows = (len(left), len(left) + prompt_rows)
         if self.proposer.expects is None:
             drafts = self._proposed(most)
             lengths = self._lengths(
                 {name: len(each.tokens) for name, each in drafts.items()},
                 {name: each.confidence for name, each in drafts.items()},
+                left,
                 rows,
             )
         else:
-            lengths = self._lengths(most, dict.fromkeys(most, self.proposer.expects), rows)
+            expected = dict.fromkeys(most, self.proposer.expects)
+            lengths = self._lengths(most, expected, left, rows)
             drafts = self._proposed(lengths)
         self.stats.draft_time += time.perf_counter() - began
         found = {name: draft.tokens[: lengths.get(name, 0)] for name, draft in drafts.items()}
         return [Drafted(name, tokens) for name, tokens in found.items() if tokens]
 
     def _lengths(
-        self, most: Mapping[str, int], confidence: Mapping[str, float], rows: tuple[int, int]
+        self,
+        most: Mapping[str, int],
+        confidence: Mapping[str, float],
+        left: Mapping[str, int],
+        rows: tuple[int, int],
     ) -> dict[str, int]:
         """Those of the drafts that are worth it. ``rows`` are those that bring tokens, and all."""
         rates = [self._acceptance[name].rate(confidence[name]) for name in most]
         draft_s = self.proposer.seconds_per_token
-        lengths = best_lengths(rates, list(most.values()), *rows, self.times, draft_s)
-        return {name: length for name, length in zip(most, lengths, strict=True) if length}
+        found = best_lengths(rates, list(most.values()), *rows, self.times, draft_s)
+        lengths = {name: length for name, length in zip(most, found.each, strict=True) if length}
+        late = {each for each in lengths if self._start_s(each) > left[each] * found.saved_s}
+        if not late:
+            return lengths
+        rest = {name: number for name, number in most.items() if name not in late}
+        return self._lengths(rest, confidence, left, rows)
+
+    def _start_s(self, name: str) -> float:
+        try:
+            return self.proposer.start_s(name)
+        except Exception:
+            self._give_up(name)
+            return inf
 
     def _proposed(self, most: Mapping[str, int]) -> dict[str, Draft]:
         """What can be used of the proposer's drafts. Of several sequences those go without for
@@ -153,6 +176,8 @@ def open_speculator(
     """Of a kind in SPECULATION_MODES but off; "model" takes ``draft``. Raises ValueError."""
     if kind == "lookup":
         return Speculator(PromptLookup(), vocab_size, times)
+    if kind == "history":
+        return Speculator(PromptLookup(PastOutputs()), vocab_size, times)
     if kind == "model" and draft is not None:
         return Speculator(draft, vocab_size, times)
     names = ", ".join(SPECULATION_MODES[1:])

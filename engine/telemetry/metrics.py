@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from engine.completion import Delta, Finished, StreamItem
+from engine.speculation import SpeculationStats
 
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _EXPOSED_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
@@ -29,6 +30,7 @@ class Load:
     """Number of slots of the pool by page state."""
     totals: Mapping[str, float]
     """What the steps so far add up to, by name: steps, rows, prompt rows, bytes, seconds."""
+    drafts: SpeculationStats | None = None
 
 
 class Metrics:
@@ -122,6 +124,26 @@ class _LoadCollector(Collector):
         yield pages
         for name, value in load.totals.items():
             yield CounterMetricFamily(f"quire_{name}", "Of the engine's steps so far", value)
+        if load.drafts is not None:
+            yield from _metrics_of(load.drafts)
+
+
+def _metrics_of(drafts: SpeculationStats) -> Iterator[Metric]:
+    labels = ["proposer"]
+    proposed = CounterMetricFamily("quire_drafted_tokens", "Drafts verified", labels=labels)
+    proposed.add_metric([drafts.proposer], drafts.proposed)
+    yield proposed
+    seconds = CounterMetricFamily("quire_draft_seconds", "Time spent drafting", labels=labels)
+    seconds.add_metric([drafts.proposer], drafts.draft_time)
+    yield seconds
+    accepted = CounterMetricFamily(
+        "quire_accepted_tokens",
+        "Drafts that were right, by their position; each saved a pass",
+        labels=[*labels, "position"],
+    )
+    for position, count in enumerate(drafts.accepted_at):
+        accepted.add_metric([drafts.proposer, str(position)], count)
+    yield accepted
 
 
 class MetricsServer:

@@ -70,6 +70,9 @@ class Knowing:
                 return Draft(tuple(self._spoil(at, token) for at, token in enumerate(right)), 0.9)
         return Draft()
 
+    def start_s(self, name: str) -> float:
+        return 0.0
+
     def forget(self, name: str) -> None:
         del self._known[name]
 
@@ -250,7 +253,7 @@ async def test_a_decode_service_that_copies_gives_the_same_stream_in_fewer_passe
 ) -> None:
     async with AsyncLocalEngine("hash", page_size=16) as engine:
         expected = await engine.generate([PROMPT], REPETITIVE)
-    decode = {"speculate": "lookup"}
+    decode = {"speculate": "history"}
     async with running(redis_url, decode=decode) as cluster, cluster.client() as client:
         found = await client.generate([PROMPT], REPETITIVE)
     assert essence(found) == essence(expected)
@@ -360,12 +363,12 @@ async def test_the_real_model_writes_the_same_with_every_proposer(smollm2: Loade
     ]
     prompts = [prompt for prompt in COPIED for _ in wanted]
     found = {}
-    for speculate in ("off", "lookup", "model"):
+    for speculate in ("off", "lookup", "history", "model"):
         options = {"speculate": speculate, "check_pages": True}
         async with AsyncLocalEngine(smollm2, **options) as engine:  # type: ignore[arg-type]
             if engine.engine.core.speculator is not None:
                 engine.engine.core.speculator.times = FREE
             found[speculate] = await engine.generate(prompts, wanted * len(COPIED))
-    for speculate in ("lookup", "model"):
+    for speculate in ("lookup", "history", "model"):
         assert essence(found[speculate]) == essence(found["off"])
         assert sum(each.usage.accepted_tokens for each in found[speculate]) > 0

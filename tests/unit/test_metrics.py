@@ -9,6 +9,7 @@ from urllib.request import urlopen
 import pytest
 
 from engine.completion import Delta, Finished, Timings, Usage
+from engine.speculation import SpeculationStats
 from engine.telemetry.metrics import Load, Metrics, MetricsServer
 
 NAME = re.compile(r"quire_[a-z_]+(_total|_seconds|_running|_waiting|_pages|_created|_bucket)?")
@@ -17,7 +18,8 @@ NAME = re.compile(r"quire_[a-z_]+(_total|_seconds|_running|_waiting|_pages|_crea
 @pytest.fixture
 def server() -> Iterator[MetricsServer]:
     metrics = Metrics()
-    metrics.watch(lambda: Load(2, 3, {"free": 7, "sealed": 1}, {"step_rows": 12}))
+    drafts = SpeculationStats("lookup", proposed=9, accepted_at=[4, 2, 0], draft_time=0.5)
+    metrics.watch(lambda: Load(2, 3, {"free": 7, "sealed": 1}, {"step_rows": 12}, drafts))
     with metrics.counted():
         pass
     metrics.handover_bytes.labels("shm").inc(4096)
@@ -50,6 +52,17 @@ def test_what_was_counted_is_shown(server: MetricsServer) -> None:
     assert shown["quire_request_seconds_count"] == 1
     assert shown['quire_queue_seconds_bucket{le="0.01"}'] == 0
     assert shown['quire_queue_seconds_bucket{le="0.025"}'] == 1
+
+
+def test_drafts_are_counted_by_proposer_and_position(server: MetricsServer) -> None:
+    shown = scrape(server)
+    assert shown['quire_drafted_tokens_total{proposer="lookup"}'] == 9
+    assert shown['quire_draft_seconds_total{proposer="lookup"}'] == 0.5
+    accepted = [
+        shown[f'quire_accepted_tokens_total{{position="{at}",proposer="lookup"}}']
+        for at in range(3)
+    ]
+    assert accepted == [4, 2, 0]
 
 
 def test_load_is_asked_at_each_scrape(server: MetricsServer) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.plan import Drafted, Outcome, StepPlan, Submit
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.sequence import Goal
 from engine.speculation import Speculator, StepTimes, open_speculator
 from engine.speculation.lengths import Acceptance, best_lengths
+from engine.speculation.past_outputs import MOST_TENANTS, MOST_TOKENS, PastOutputs
 from engine.speculation.prompt_lookup import PromptLookup
 from engine.speculation.proposer import Draft
 from engine.speculation.speculator import MOST_DRAFTS
+from engine.speculation.suffix_automaton import Reader, SuffixAutomaton
 from kvstore.pool import PagePool
 from kvstore.prefix_hash import PrefixHasher
 
@@ -22,11 +27,62 @@ DEAR = StepTimes({1: 1.0, 2: 2.0, 64: 64.0})
 PAGE = 16
 
 
-def draft_after(tokens: Sequence[int], most: int = 4) -> Draft:
-    lookup = PromptLookup()
+def lookup_of(tokens: Sequence[int], past: PastOutputs | None = None) -> PromptLookup:
+    lookup = PromptLookup(past)
     lookup.begin("a", tokens[:-1], "")
     lookup.extend("a", tokens[-1:])
-    return lookup.propose({"a": most})["a"]
+    return lookup
+
+
+def draft_after(tokens: Sequence[int], most: int = 4) -> Draft:
+    return lookup_of(tokens).propose({"a": most})["a"]
+
+
+# -- the longest match
+
+TEXTS = st.integers(1, 5).flatmap(lambda most: st.lists(st.integers(0, most), max_size=40))
+
+
+def longest_suffix_in(text: list[int], of: list[int]) -> int:
+    """How many of the last tokens of ``of`` stand in ``text`` somewhere."""
+    return max(
+        length
+        for length in range(len(of) + 1)
+        if not length
+        or any(text[at : at + length] == of[-length:] for at in range(len(text) - length + 1))
+    )
+
+
+@given(TEXTS)
+def test_the_longest_suffix_that_stood_before_is_found(text: list[int]) -> None:
+    automaton = SuffixAutomaton()
+    for number, token in enumerate(text, start=1):
+        automaton.append(token)
+        length, after = automaton.repeat.length, automaton.repeat.after
+        assert length == longest_suffix_in(text[: number - 1], text[:number])
+        if length:
+            assert after < number
+            assert text[after - length : after] == text[number - length : number]
+
+
+@given(TEXTS, TEXTS, TEXTS)
+def test_another_text_is_followed_while_the_first_one_grows(
+    text: list[int], more: list[int], other: list[int]
+) -> None:
+    automaton = SuffixAutomaton()
+    for token in text:
+        automaton.append(token)
+    reader = Reader(automaton)
+    for number, token in enumerate(other, start=1):
+        reader.read(token)
+        assert reader.match.length == longest_suffix_in(text, other[:number])
+    for added, token in zip_longest(more, other, fillvalue=0):
+        automaton.append(added)
+        reader.read(token)
+        match, whole = reader.match, automaton.tokens.tolist()
+        read = [*other, *other, *[0] * len(more)][: len(other) + len(whole) - len(text)]
+        if match.length:
+            assert whole[match.after - match.length : match.after] == read[-match.length :]
 
 
 # -- prompt lookup
@@ -55,6 +111,17 @@ def test_without_a_match_nothing_is_proposed(tokens: list[int]) -> None:
     assert draft_after(tokens) == Draft()
 
 
+def test_what_matches_promise_is_what_came_true_lately() -> None:
+    lookup = lookup_of([1, 2])
+    before = draft_after([1, 2, 3, 1, 2]).confidence
+    for other in range(50):  # 1, 2 stood before and never goes on as it did
+        lookup.extend("a", [100 + other, 1, 2])
+    disappointed = lookup.propose({"a": 1})["a"].confidence
+    assert disappointed < before / 2
+    lookup.extend("a", [9, 1, 2] * 50)
+    assert lookup.propose({"a": 1})["a"].confidence > 0.8
+
+
 def test_sequences_do_not_see_each_other() -> None:
     lookup = PromptLookup()
     lookup.begin("a", [1, 2, 3, 4], "")
@@ -64,30 +131,75 @@ def test_sequences_do_not_see_each_other() -> None:
     lookup.forget("a")
 
 
+# -- past outputs
+
+
+def past_outputs(**outputs: Sequence[int]) -> PastOutputs:
+    past = PastOutputs()
+    for tenant, tokens in outputs.items():
+        past.add(tenant, tokens)
+    return past
+
+
+def test_what_a_tenant_was_answered_is_proposed_again_up_to_its_end() -> None:
+    lookup = PromptLookup(PastOutputs())
+    lookup.begin("a", [50, 51], "tenant")
+    lookup.extend("a", [1, 2, 3, 4])
+    lookup.forget("a")
+    lookup.begin("b", [60, 1, 2], "tenant")
+    assert lookup.propose({"b": 9})["b"].tokens == (3, 4)
+    lookup.begin("c", [60, 50, 51], "tenant")  # a prompt is no output
+    assert lookup.propose({"c": 9})["c"] == Draft()
+
+
+def test_no_tenant_is_served_another_ones_outputs() -> None:
+    past = past_outputs(one=[1, 2, 3, 4])
+    lookup = PromptLookup(past)
+    for tenant, found in (("one", (3, 4)), ("other", ()), ("", ())):
+        lookup.begin("a", [1, 2], tenant)
+        assert lookup.propose({"a": 9})["a"].tokens == found
+
+
+def test_old_outputs_and_tenants_not_heard_of_are_forgotten() -> None:
+    past = past_outputs(one=[1, 2, 3])
+    for _ in range(3):
+        past.add("one", range(MOST_TOKENS))
+    assert [len(reader.automaton.tokens) for reader in past.readers("one")] == [MOST_TOKENS + 1] * 2
+    for number in range(MOST_TENANTS):
+        past.add(f"other {number}", [1, 2])
+    assert not past.readers("one")
+    assert past.readers("other 0")
+
+
 # -- how many
 
 
 def test_free_rows_are_all_taken_and_dear_ones_not_at_all() -> None:
-    assert best_lengths([0.9, 0.1], [5, 5], 2, 2, FLAT) == [5, 5]
-    assert best_lengths([0.9, 0.1], [5, 5], 2, 2, DEAR) == [0, 0]
+    assert best_lengths([0.9, 0.1], [5, 5], 2, 2, FLAT).each == [5, 5]
+    assert best_lengths([0.9, 0.1], [5, 5], 2, 2, DEAR).each == [0, 0]
 
 
 def test_rows_go_where_they_gain_most() -> None:
     until_four = StepTimes({1: 1.0, 4: 1.0, 5: 2.0, 64: 60.0})
-    assert best_lengths([0.9, 0.2], [5, 5], 2, 2, until_four) == [2, 0]
-    assert best_lengths([0.9, 0.9], [5, 5], 2, 2, until_four) == [1, 1]
+    assert best_lengths([0.9, 0.2], [5, 5], 2, 2, until_four).each == [2, 0]
+    assert best_lengths([0.9, 0.9], [5, 5], 2, 2, until_four).each == [1, 1]
 
 
 def test_a_plateau_behind_a_dear_row_is_found() -> None:
     """The second row doubles the time, the next fourteen are free."""
     steps = StepTimes({1: 1.0, 2: 2.0, 16: 2.0, 17: 60.0})
-    assert best_lengths([0.9], [15], 1, 1, steps) == [15]
+    assert best_lengths([0.9], [15], 1, 1, steps).each == [15]
+
+
+def test_what_drafts_save_is_told_by_token() -> None:
+    assert best_lengths([0.5], [1], 1, 1, FLAT).saved_s == pytest.approx(1 - 1 / 1.5)
+    assert best_lengths([0.5], [1], 1, 1, FLAT, draft_s=9.0).saved_s == 0.0
 
 
 def test_rows_of_prompts_fill_the_step_and_bring_no_tokens() -> None:
     until_64 = StepTimes({1: 1.0, 64: 1.0, 65: 9.0, 128: 20.0})
-    assert best_lengths([0.9], [3], 1, 1, until_64) == [3]
-    assert best_lengths([0.9], [3], 1, 64, until_64) == [0]
+    assert best_lengths([0.9], [3], 1, 1, until_64).each == [3]
+    assert best_lengths([0.9], [3], 1, 64, until_64).each == [0]
 
 
 def test_no_step_counts_as_longer_than_one_of_more_rows() -> None:
@@ -130,6 +242,7 @@ class Fixed:
     name = "fixed"
     seconds_per_token = 0.0
     expects: float | None = None
+    starts_after_s = 0.0
 
     def __init__(self, *tokens: int) -> None:
         self.tokens = tokens
@@ -144,6 +257,9 @@ class Fixed:
     def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:
         assert self.known.keys() >= most.keys()
         return dict.fromkeys(most, Draft(self.tokens, 0.9))
+
+    def start_s(self, name: str) -> float:
+        return self.starts_after_s
 
     def forget(self, name: str) -> None:
         del self.known[name]
@@ -191,7 +307,16 @@ def test_what_was_accepted_is_counted_and_told_to_the_proposer() -> None:
     assert made.drafts({"a": 9}, 0) == []
 
 
-@pytest.mark.parametrize("method", ["begin", "extend", "propose", "forget"])
+def test_a_proposer_is_not_made_ready_for_less_than_that_takes() -> None:
+    made = speculator(1)
+    assert isinstance(made.proposer, Fixed)
+    made.proposer.expects = 0.9
+    made.proposer.starts_after_s = 3.0
+    assert made.drafts({"a": 4}, 0) == []  # three drafts save 0.71 s with each of four tokens
+    assert made.drafts({"a": 5}, 0) == [Drafted("a", (1,))]  # four save 0.76 s with each of five
+
+
+@pytest.mark.parametrize("method", ["begin", "extend", "propose", "start_s", "forget"])
 def test_a_proposer_that_raises_costs_one_sequence_its_drafts(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,7 +339,7 @@ def test_a_proposer_that_raises_costs_one_sequence_its_drafts(
 
 
 def test_an_unknown_proposer_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"one of lookup, model .*, not 'magic'"):
+    with pytest.raises(ValueError, match=r"one of lookup, history, model .*, not 'magic'"):
         open_speculator("magic", 10, FLAT)
 
 
