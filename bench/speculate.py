@@ -30,6 +30,7 @@ from engine.modes import SPECULATION_MODES
 from engine.prompts import encode_prompt
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerLimits
+from engine.speculation.loading import HEADS
 
 PROMPTS = Path(__file__).with_name("prompts")
 TEXTS = ("chat", "summary", "code", "story")
@@ -44,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--proposers",
         type=names,
-        default=SPECULATION_MODES[1:],
         metavar=",".join(SPECULATION_MODES[1:]),
-        help="default all",
+        help="default all, head only where there is one",
     )
+    parser.add_argument("--draft", default="", help="the head's file, if not the packaged one")
     parser.add_argument("--texts", type=names, default=TEXTS, metavar=",".join(TEXTS))
     parser.add_argument("--tokens", type=count, default=128, help="generated from each prompt")
     parser.set_defaults(repeat=5)
@@ -75,14 +76,15 @@ async def bench_model(
 ) -> list[Row]:
     """A row for each proposer and text."""
     rows = []
+    proposers = options.proposers or proposers_of(loaded, options.draft)
     async with AsyncExitStack() as stack:
         engines = {
-            name: await stack.enter_async_context(engine_of(loaded, name, batch, options.tokens))
-            for name in ("off", *options.proposers)
+            name: await stack.enter_async_context(engine_of(loaded, name, batch, options))
+            for name in ("off", *proposers)
         }
         for text in options.texts:
             batches = batches_of(loaded, text, batch)
-            for proposer in options.proposers:
+            for proposer in proposers:
                 report(f"speculate {proposer} {text} batch {batch}")
                 pairs, found = await bench_pairs(
                     engines["off"], engines[proposer], batches, options.tokens, options.repeat
@@ -97,14 +99,23 @@ async def bench_model(
     return rows
 
 
-def engine_of(loaded: LoadedModel, speculate: str, batch: int, num_tokens: int) -> AsyncLocalEngine:
+def proposers_of(loaded: LoadedModel, draft: str) -> tuple[str, ...]:
+    """All that can draft for a model."""
+    head = bool(draft) or (HEADS / f"{loaded.name}.safetensors").is_file()
+    return tuple(mode for mode in SPECULATION_MODES[1:] if mode != "head" or head)
+
+
+def engine_of(
+    loaded: LoadedModel, speculate: str, batch: int, options: argparse.Namespace
+) -> AsyncLocalEngine:
     """Room for all prompts of a kind and what is generated from them."""
     return AsyncLocalEngine(
         loaded,
-        pool_tokens=max(batch, 4) * (1024 + 2 * num_tokens),
+        pool_tokens=max(batch, 4) * (1024 + 2 * options.tokens),
         page_size=PAGE_SIZE,
         limits=SchedulerLimits(max_sequences=batch, max_step_tokens=max(256, 16 * batch)),
         speculate=speculate,
+        draft=options.draft if speculate == "head" else "",
     )
 
 

@@ -14,12 +14,12 @@ from decode_svc.servicer import InferenceServicer
 from decode_svc.workers import KnownWorkers
 from engine.admission import Capacity
 from engine.config import settings_from_command_line
-from engine.model import Model
-from engine.model.load import LoadedModel, load_draft
+from engine.model.load import LoadedModel
 from engine.progress import default_progress
 from engine.serving.late_handlers import LateHandlers
 from engine.serving.process import run_worker
 from engine.serving.worker import Worker
+from engine.speculation import Drafter, load_drafter
 from quire.v1 import inference_pb2_grpc
 
 
@@ -33,11 +33,15 @@ class DecodeWorker(Worker):
     _desk: IntakeDesk
     _workers: KnownWorkers
 
-    def draft_model(self, loaded: LoadedModel) -> Model | None:
+    def drafter(self, loaded: LoadedModel) -> Drafter | None:
         settings = self.settings
-        if settings.speculate != "model":
-            return None
-        return load_draft(loaded, settings.draft, settings.draft_weights, default_progress())
+        return load_drafter(
+            settings.speculate,
+            loaded,
+            settings.draft,
+            settings.draft_weights,
+            default_progress(),
+        )
 
     def install(self, loaded: LoadedModel, capacity: Capacity, handlers: LateHandlers) -> None:
         settings = self.settings

@@ -55,10 +55,13 @@ class DecodeSettings(WorkerSettings):
         "off",
         help="guess tokens and verify them in the step of the next one; lookup: copied from where "
         "the last tokens stood before; history: there or in what the tenant was answered before; "
-        "model: by another model. It changes no token",
+        "model: by another model; head: by a small head trained for the model. It changes no "
+        "token",
         choices=SPECULATION_MODES,
     )
-    draft: str = setting("", help="name or path of the model that guesses; the served one without")
+    draft: str = setting(
+        "", help="name or path of the model that guesses (the served one without), or of the head"
+    )
     draft_weights: str = setting(
         DEFAULT_DRAFT_WEIGHTS, help="how its weights are kept", choices=WEIGHT_MODES
     )

@@ -16,6 +16,7 @@ from itertools import groupby, zip_longest
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from engine.errors import EngineFault, QuireError
 from engine.generation import GenerateTask, Generation, PrefillTask
@@ -48,7 +49,16 @@ from engine.ragged_rows import ragged_batch
 from engine.recording import RecordedScheduler
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.sequence import Goal
-from engine.speculation import DraftModel, Speculator, StepTimes, measure_steps, open_speculator
+from engine.speculation import (
+    Drafter,
+    DraftHead,
+    DraftModel,
+    HeadWeights,
+    Speculator,
+    StepTimes,
+    measure_steps,
+    open_speculator,
+)
 from engine.swapper import Swapper
 from engine.telemetry.clock import now_ns
 from engine.token_function import TokenChoice, choose, chosen
@@ -87,7 +97,8 @@ class CoreSettings:
 class EngineCore:
     """Runs sequences of one model over one pool, whose bytes are in ``memory`` if given.
 
-    ``draft`` proposes tokens where the settings ask for a model's; it has the target's vocabulary.
+    ``draft`` proposes tokens where the settings ask for a model's or a head's; a model has the
+    target's vocabulary. Raises ModelError for a head of another model's shapes.
     """
 
     def __init__(
@@ -98,7 +109,7 @@ class EngineCore:
         boot_id: bytes,
         clock: Callable[[], float] = time.monotonic,
         memory: PageMemory | None = None,
-        draft: Model | None = None,
+        draft: Drafter | None = None,
     ) -> None:
         self.model = model
         self.boot_id = boot_id
@@ -116,6 +127,7 @@ class EngineCore:
         self._outputs: list[Output] = []
         self.speculator = self._open_speculator(draft)
         self._decoding: list[str] = []
+        self._hidden: dict[str, torch.Tensor] = {}
         self.last_step = StepStats()
         self.totals = StepStats()
 
@@ -204,6 +216,7 @@ class EngineCore:
     def _run(self, plan: StepPlan) -> None:
         started = now_ns()
         base = self.progress.num_done
+        self._hidden.clear()
         found = self._forward(plan.rows, self.progress if plan.coming_pages else None)
         ended = now_ns()
         outcomes = self._choose(plan.rows, found)
@@ -230,7 +243,8 @@ class EngineCore:
         best_only = not any(
             self._generations[row.name].needs_logits(row.num_logits) for row in wanted
         )
-        batch = ragged_batch(rows, best_only, progress)
+        width = 0 if self.speculator is None else self.speculator.hidden_width
+        batch = ragged_batch(rows, best_only, progress, width)
         try:
             result = self.model.forward(batch, self.memory.kv, self.layout)
         except Exception:
@@ -244,6 +258,8 @@ class EngineCore:
         first = 0
         for row in wanted:
             found[row.name] = each[first : first + row.num_logits]
+            if batch.hidden is not None:
+                self._hidden[row.name] = batch.hidden[first : first + row.num_logits]
             first += row.num_logits
         return found
 
@@ -299,7 +315,9 @@ class EngineCore:
             if finished or output.token_id != draft:
                 break
         if self.speculator is not None:
-            self.speculator.verified(row.name, row.drafts, token_ids)
+            hidden = self._hidden.get(row.name)
+            last = None if hidden is None else hidden[len(token_ids) - 1]
+            self.speculator.verified(row.name, row.drafts, token_ids, last)
         return Outcome(tuple(token_ids), finished)
 
     def _accept(
@@ -402,17 +420,17 @@ class EngineCore:
             num_swap_slots,
         )
 
-    def _open_speculator(self, draft: Model | None) -> Speculator | None:
+    def _open_speculator(self, draft: Drafter | None) -> Speculator | None:
         if self.settings.speculate == "off":
             return None
         settings = self.settings
         times = StepTimes(measure_steps(self.model, self.memory.kv, self.layout))
-        draft_model = None
-        if draft is not None:
-            draft_model = DraftModel(
-                draft, settings.num_pages, settings.page_size, self._generations
-            )
-        return open_speculator(settings.speculate, self.model.spec.vocab_size, times, draft_model)
+        proposer: DraftModel | DraftHead | None = None
+        if isinstance(draft, HeadWeights):
+            proposer = DraftHead(draft, self.model, self._generations)
+        elif draft is not None:
+            proposer = DraftModel(draft, settings.num_pages, settings.page_size, self._generations)
+        return open_speculator(settings.speculate, self.model.spec.vocab_size, times, proposer)
 
     def _open_swapper(self) -> Swapper | None:
         settings = self.settings

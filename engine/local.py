@@ -11,8 +11,7 @@ from engine.client import AsyncClient, BlockingClient, LoopThread
 from engine.completion import StreamItem, Waiting
 from engine.core import CoreSettings, EngineCore
 from engine.mailbox import AsyncEngine
-from engine.model import Model
-from engine.model.load import LoadedModel, load_draft, load_model
+from engine.model.load import LoadedModel, load_model
 from engine.modes import DEFAULT_DRAFT_WEIGHTS, DEFAULT_WEIGHTS
 from engine.progress import ProgressSink
 from engine.prompts import Prompt, encode_prompt
@@ -20,6 +19,7 @@ from engine.request import Request
 from engine.resume import ChoiceSoFar
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerLimits
+from engine.speculation import Drafter, load_drafter
 
 DEFAULT_POOL_TOKENS = 16384
 BOOT_ID_BYTES = 16
@@ -31,7 +31,8 @@ class EngineOptions(TypedDict, total=False):
     ``weights`` and ``kv`` are named as in ``engine.modes``, which has the defaults.
     ``pool_tokens`` is the KV pool's size in tokens, ``page_size`` tokens per page. ``speculate`` is
     one of ``engine.modes.SPECULATION_MODES``: it changes no token. With "model" the model ``draft``
-    proposes, or the same model; its weights in the mode ``draft_weights``.
+    proposes, or the same model; its weights in the mode ``draft_weights``. With "head" the head in
+    the file ``draft`` does, or the one that comes with the model.
     """
 
     weights: str
@@ -69,7 +70,7 @@ class AsyncLocalEngine(AsyncClient):
             loaded.tokenizer.token_bytes,
             settings,
             boot_id,
-            draft=_draft(loaded, options),
+            draft=_drafter(loaded, options),
         )
         self.engine = AsyncEngine(core)
         self.engine.start()
@@ -107,11 +108,14 @@ class LocalEngine(BlockingClient):
         super().__init__(loop, self.local)
 
 
-def _draft(loaded: LoadedModel, options: EngineOptions) -> Model | None:
-    if options.get("speculate") != "model":
-        return None
-    weights = options.get("draft_weights", DEFAULT_DRAFT_WEIGHTS)
-    return load_draft(loaded, options.get("draft", ""), weights, options.get("progress"))
+def _drafter(loaded: LoadedModel, options: EngineOptions) -> Drafter | None:
+    return load_drafter(
+        options.get("speculate", "off"),
+        loaded,
+        options.get("draft", ""),
+        options.get("draft_weights", DEFAULT_DRAFT_WEIGHTS),
+        options.get("progress"),
+    )
 
 
 def _loaded(model: str | LoadedModel, options: EngineOptions) -> LoadedModel:

@@ -11,4 +11,4 @@ def default_kv(weights: str) -> str:
 
 
 DEFAULT_DRAFT_WEIGHTS = "int4"
-SPECULATION_MODES = ("off", "lookup", "history", "model")
+SPECULATION_MODES = ("off", "lookup", "history", "model", "head")

@@ -69,7 +69,7 @@ class Progress:
             bar = ("#" * round(share * _WIDTH)).ljust(_WIDTH, ".")
             self._stream.write(f"\r{self._what} [{bar}] {self._done}/{self._total} {took}")
         else:
-            self._stream.write(f"{self._what}: {self._done}/{self._total} tensors, {took}\n")
+            self._stream.write(f"{self._what}: {self._done}/{self._total}, {took}\n")
         self._stream.flush()
 
 

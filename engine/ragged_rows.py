@@ -13,9 +13,13 @@ from kernels.ragged import RaggedBatch
 
 
 def ragged_batch(
-    rows: Sequence[PlannedRows], best_only: bool = False, progress: LayerProgress | None = None
+    rows: Sequence[PlannedRows],
+    best_only: bool = False,
+    progress: LayerProgress | None = None,
+    hidden_width: int = 0,
 ) -> RaggedBatch:
-    """The planned rows as tensors, in the order of the plan."""
+    """The planned rows as tensors, in the order of the plan; with room for hidden rows of a width
+    that is not 0."""
     starts = np.cumsum([0] + [len(row.tokens) for row in rows])
     table = np.full((len(rows), max(len(row.pages) for row in rows)), -1, dtype=np.int32)
     for index, row in enumerate(rows):
@@ -34,4 +38,5 @@ def ragged_batch(
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         best_only=best_only,
         progress=progress,
+        hidden=torch.empty(len(logit_rows), hidden_width) if hidden_width else None,
     )

@@ -36,6 +36,7 @@ class Decoder:
         logit_rows: Tensor,
         logits: Tensor | None,
         best_ids: Tensor,
+        hidden: Tensor | None = None,
         layers_done: Tensor | None = None,
         mark_every: int = 1,
         progress_event: int = -1,

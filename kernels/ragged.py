@@ -17,7 +17,8 @@ class RaggedBatch:
     positions; row ``t`` attends to positions ``0 .. positions[t]`` of its own sequence, its own key
     included. ``page_tables[s]`` lists the page slots of sequence ``s`` from position 0; entries
     past the last needed page are -1. With ``best_only`` nobody wants the logits, only the id of
-    each row's largest one. ``progress`` is told as the layers' keys and values are written.
+    each row's largest one. ``hidden`` is filled with what the last layer made of these rows.
+    ``progress`` is told as the layers' keys and values are written.
     """
 
     token_ids: torch.Tensor  # [T] int64
@@ -27,6 +28,7 @@ class RaggedBatch:
     logit_rows: torch.Tensor  # [R] int64, ascending rows whose logits are wanted (may be empty)
     best_only: bool = False
     progress: LayerProgress | None = None
+    hidden: torch.Tensor | None = None  # [R, H] fp32, before the last norm
 
     @property
     def num_rows(self) -> int:

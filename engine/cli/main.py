@@ -18,6 +18,7 @@ _COMMANDS = {
     "check": "say what this machine and installation can do",
     "trace": "print the trace of the last request as a tree",
     "replay": "run a recording of a scheduler again and compare every plan",
+    "draft": "train a small head that drafts for a model",
     "demo": "up, one answer, its trace, down",
 }
 _PROGRAMS = {

@@ -69,7 +69,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         choices=SPECULATION_MODES,
         help="guess tokens and verify them; it changes none",
     )
-    parser.add_argument("--draft", help="model that drafts (default: the same model)")
+    parser.add_argument("--draft", help="model or head that drafts (default: the model's own)")
     parser.add_argument("--draft-weights", choices=WEIGHT_MODES, help="its weights")
 
 
@@ -85,8 +85,10 @@ def add_place(parser: argparse.ArgumentParser) -> None:
 
 def open_engine(options: argparse.Namespace) -> BlockingClient:
     """The engine the flags ask for: in this process, at an endpoint, or what ``quire up`` runs."""
-    if options.speculate != "model" and (options.draft or options.draft_weights):
-        raise InvalidRequest("--draft and --draft-weights", "nobody drafts", "--speculate model")
+    if options.draft and options.speculate not in ("model", "head"):
+        raise InvalidRequest("--draft", "nobody drafts", "--speculate model or head")
+    if options.draft_weights and options.speculate != "model":
+        raise InvalidRequest("--draft-weights", "no model drafts", "--speculate model")
     if options.local:
         from engine.local import LocalEngine
         from engine.progress import default_progress

@@ -17,7 +17,6 @@ from engine.admission import Capacity
 from engine.core import EngineCore
 from engine.errors import InvalidRequest, ShuttingDown
 from engine.mailbox import AsyncEngine
-from engine.model import Model
 from engine.model.load import LoadedModel, load_model
 from engine.progress import default_progress
 from engine.registration import Registration
@@ -26,6 +25,7 @@ from engine.serving.late_handlers import LateHandlers
 from engine.serving.leases import Leases
 from engine.serving.pages import PageServicer, lent_name
 from engine.serving.settings import WorkerSettings
+from engine.speculation import Drafter
 from engine.telemetry.logs import fields
 from engine.telemetry.metrics import Load, Metrics, MetricsServer
 from engine.telemetry.tracing import setup_tracing
@@ -87,7 +87,7 @@ class Worker(ABC):
     def install(self, loaded: LoadedModel, capacity: Capacity, handlers: LateHandlers) -> None:
         """Adds the role's own servicers; ``self.engine`` runs."""
 
-    def draft_model(self, loaded: LoadedModel) -> Model | None:
+    def drafter(self, loaded: LoadedModel) -> Drafter | None:
         """What drafts for the loaded model, if the role drafts. Raises ModelError."""
         return None
 
@@ -115,7 +115,7 @@ class Worker(ABC):
             kv=None if settings.kv == "auto" else settings.kv,
             progress=default_progress(),
         )
-        core = await self._core(loaded, await asyncio.to_thread(self.draft_model, loaded))
+        core = await self._core(loaded, await asyncio.to_thread(self.drafter, loaded))
         self.engine = AsyncEngine(core, self._engine_broke)
         self.engine.start()
         capacity = Capacity.of(loaded.model.spec, settings.core.num_pages, settings.page_size)
@@ -146,7 +146,7 @@ class Worker(ABC):
             ),
         )
 
-    async def _core(self, loaded: LoadedModel, draft: Model | None) -> EngineCore:
+    async def _core(self, loaded: LoadedModel, draft: Drafter | None) -> EngineCore:
         """The engine over memory that the transports asked for can use, and these transports."""
         wanted, size = self.settings.transports, self.settings.core
         layout = loaded.model.spec.page_layout(size.page_size)

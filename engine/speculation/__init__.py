@@ -6,16 +6,22 @@ with any proposer, none, or a changing one, and only its speed differs. ``propos
 proposer must do; ``lengths`` decides how many drafts of each sequence are worth their rows.
 """
 
+from engine.speculation.draft_head import DraftHead, HeadWeights
 from engine.speculation.draft_model import DraftModel
 from engine.speculation.lengths import StepTimes
+from engine.speculation.loading import Drafter, load_drafter
 from engine.speculation.measure import measure_steps
 from engine.speculation.speculator import SpeculationStats, Speculator, open_speculator
 
 __all__ = [
+    "DraftHead",
     "DraftModel",
+    "Drafter",
+    "HeadWeights",
     "SpeculationStats",
     "Speculator",
     "StepTimes",
+    "load_drafter",
     "measure_steps",
     "open_speculator",
 ]

@@ -10,19 +10,20 @@ for drafts that were right it keeps, the rest is overwritten.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
 import numpy as np
+import torch
 
 from engine.generation import Generation
 from engine.model import Model
 from engine.plan import PlannedRows
 from engine.ragged_rows import ragged_batch
+from engine.speculation.choosing import choose_drafts
 from engine.speculation.measure import measure_steps
 from engine.speculation.proposer import Draft
-from engine.token_function import TokenChoice, choose
 from kvstore.memory import PageMemory
 from kvstore.pool import PagePool
 
@@ -58,6 +59,7 @@ class DraftModel:
 
     name = "model"
     expects = EXPECTED
+    hidden_width = 0
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class DraftModel:
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
         self._sequences[name] = _Sequence(list(tokens))
 
-    def extend(self, name: str, tokens: Sequence[int]) -> None:
+    def extend(self, name: str, tokens: Sequence[int], hidden: torch.Tensor | None = None) -> None:
         self._sequences[name].tokens += tokens
 
     def forget(self, name: str) -> None:
@@ -134,20 +136,12 @@ class DraftModel:
             self._generations[name].needs_logits(len(drafts[name]) + 1) for name in names
         )
         found = self._forward(last, wants_logits=True, best_only=best_only)
-        ids = found.tolist() if best_only else self._choose(drafts, names, found)
+        ids = (
+            found.tolist() if best_only else choose_drafts(self._generations, drafts, names, found)
+        )
         took = time.perf_counter() - began
         self.seconds_per_token += _STEP * (took - self.seconds_per_token)
         return dict(zip(names, ids, strict=True))
-
-    def _choose(
-        self, drafts: Mapping[str, list[int]], names: Iterable[str], logits: np.ndarray
-    ) -> list[int]:
-        rows = [
-            self._generations[name].row_after(each, tuple(drafts[name]))
-            for name, each in zip(names, logits, strict=True)
-        ]
-        # Without a choice there is no draft: the target finds the error itself.
-        return [each.token_id if isinstance(each, TokenChoice) else -1 for each in choose(rows)]
 
     def _forward(
         self, tokens: Mapping[str, list[int]], *, wants_logits: bool, best_only: bool = False

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from engine.speculation.past_outputs import END, PastOutputs
 from engine.speculation.proposer import Draft
 from engine.speculation.suffix_automaton import Match, Reader, SuffixAutomaton
@@ -32,6 +34,7 @@ class PromptLookup:
 
     seconds_per_token = 0.0
     expects = None
+    hidden_width = 0
 
     def __init__(self, past: PastOutputs | None = None) -> None:
         self.name = "lookup" if past is None else "history"
@@ -47,7 +50,7 @@ class PromptLookup:
         for token in tokens[-_READ_OF_PROMPT:]:
             text.read(token)
 
-    def extend(self, name: str, tokens: Sequence[int]) -> None:
+    def extend(self, name: str, tokens: Sequence[int], hidden: torch.Tensor | None = None) -> None:
         text = self._texts[name]
         for token in tokens:
             for source, match, rates in self._matches(text):

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 
 @dataclass(frozen=True, slots=True)
 class Draft:
@@ -37,12 +39,18 @@ class Proposer(Protocol):
         then decided first; else as much as there is is drafted, and cut."""
         ...
 
+    @property
+    def hidden_width(self) -> int:
+        """The width of the target's hidden rows if it wants them, else 0."""
+        ...
+
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
         """A new sequence, with its prompt and the output it has already."""
         ...
 
-    def extend(self, name: str, tokens: Sequence[int]) -> None:
-        """Tokens were chosen."""
+    def extend(self, name: str, tokens: Sequence[int], hidden: torch.Tensor | None = None) -> None:
+        """Tokens were chosen. ``hidden [H]`` is what the target's last layer made of the token
+        before the last, for those who want it."""
         ...
 
     def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from math import inf
 
+import torch
+
 from engine.modes import SPECULATION_MODES
 from engine.plan import Drafted
+from engine.speculation.draft_head import DraftHead
 from engine.speculation.draft_model import DraftModel
 from engine.speculation.lengths import Acceptance, StepTimes, best_lengths
 from engine.speculation.past_outputs import PastOutputs
@@ -59,8 +62,20 @@ class Speculator:
         if self._acceptance.pop(name, None) is not None:
             self._guarded(name, lambda: self.proposer.forget(name))
 
-    def verified(self, name: str, drafts: Sequence[int], token_ids: Sequence[int]) -> None:
-        """A step took ``token_ids`` into the sequence, after these drafts."""
+    @property
+    def hidden_width(self) -> int:
+        """How wide the hidden rows are that ``verified`` is to be told; 0: none."""
+        return self.proposer.hidden_width
+
+    def verified(
+        self,
+        name: str,
+        drafts: Sequence[int],
+        token_ids: Sequence[int],
+        hidden: torch.Tensor | None = None,
+    ) -> None:
+        """A step took ``token_ids`` into the sequence, after these drafts. ``hidden [H]`` is what
+        the target's last layer made of the row that gave the last of them."""
         num_right = _num_equal(drafts, token_ids)
         self.stats.proposed += len(drafts)
         for position in range(num_right):
@@ -72,7 +87,7 @@ class Speculator:
             acceptance.verified(len(drafts), num_right)
         else:
             acceptance.idle()
-        self._guarded(name, lambda: self.proposer.extend(name, token_ids))
+        self._guarded(name, lambda: self.proposer.extend(name, token_ids, hidden))
 
     def drafts(self, left: Mapping[str, int], prompt_rows: int) -> list[Drafted]:
         """For the next step, in which each of these sequences has a row and may still bring so many
@@ -171,14 +186,15 @@ def _num_equal(drafts: Sequence[int], token_ids: Sequence[int]) -> int:
 
 
 def open_speculator(
-    kind: str, vocab_size: int, times: StepTimes, draft: DraftModel | None = None
+    kind: str, vocab_size: int, times: StepTimes, draft: DraftModel | DraftHead | None = None
 ) -> Speculator:
-    """Of a kind in SPECULATION_MODES but off; "model" takes ``draft``. Raises ValueError."""
+    """Of a kind in SPECULATION_MODES but off; "model" and "head" take ``draft``. Raises
+    ValueError."""
     if kind == "lookup":
         return Speculator(PromptLookup(), vocab_size, times)
     if kind == "history":
         return Speculator(PromptLookup(PastOutputs()), vocab_size, times)
-    if kind == "model" and draft is not None:
+    if draft is not None and kind == draft.name:
         return Speculator(draft, vocab_size, times)
     names = ", ".join(SPECULATION_MODES[1:])
-    raise ValueError(f"speculate must be one of {names} (with a draft model), not {kind!r}")
+    raise ValueError(f"speculate must be one of {names}, the last two with a draft: {kind!r}")

@@ -111,8 +111,8 @@ public:
 
     void forward(Array token_ids, Array positions, Array query_starts, Array page_tables, Array kv,
                  const std::string& kv_dtype, int64_t page_size, Array logit_rows,
-                 std::optional<Array> logits, Array best_ids, std::optional<Array> layers_done,
-                 int64_t mark_every, int progress_event) {
+                 std::optional<Array> logits, Array best_ids, std::optional<Array> hidden,
+                 std::optional<Array> layers_done, int64_t mark_every, int progress_event) {
         const int64_t rows = size(token_ids, "token_ids", 1, 0);
         const int64_t sequences = size(page_tables, "page_tables", 2, 0);
         const int64_t max_pages = size(page_tables, "page_tables", 2, 1);
@@ -133,6 +133,7 @@ public:
         step.best_ids = data<int32_t>(best_ids, "best_ids", {wanted});
         if (logits)
             step.logits = data<float>(*logits, "logits", {wanted, weights_.head.outputs});
+        if (hidden) step.hidden = data<float>(*hidden, "hidden", {wanted, shape_.width});
         if (layers_done) {
             if (mark_every < 1) refuse("mark_every", "be at least 1");
             auto* done = data<int64_t>(*layers_done, "layers_done", {1});
@@ -233,7 +234,8 @@ void bind_decoder(nb::module_& m) {
         .def(nb::init<nb::object>(), "weights"_a)
         .def("forward", &HeldDecoder::forward, "token_ids"_a, "positions"_a, "query_starts"_a,
              "page_tables"_a, "kv"_a, "kv_dtype"_a, "page_size"_a, "logit_rows"_a, "logits"_a.none(),
-             "best_ids"_a, "layers_done"_a = nb::none(), "mark_every"_a = 1, "progress_event"_a = -1);
+             "best_ids"_a, "hidden"_a = nb::none(), "layers_done"_a = nb::none(),
+             "mark_every"_a = 1, "progress_event"_a = -1);
 }
 
 }  // namespace quire

@@ -41,6 +41,7 @@ void Decoder::run(const DecoderStep& step) {
     if (step.logit_rows > 0) add_head(step);
     ThreadPool::instance().run(phases_.data(), int64_t(phases_.size()));
     choose_best(step);
+    if (step.hidden) copy_hidden(step);
 }
 
 void Decoder::plan(const DecoderStep& step) {
@@ -164,6 +165,13 @@ void Decoder::choose_best(const DecoderStep& step) {
         }
         step.best_ids[row] = finite ? head_.best_ids[best] : -1;
     }
+}
+
+void Decoder::copy_hidden(const DecoderStep& step) {
+    const int64_t width = shape_.width;
+    const float* rows = hidden_.of<float>(step.rows.rows * width);
+    for (int64_t row = 0; row < step.logit_rows; ++row)
+        std::copy_n(rows + step.wanted[row] * width, width, step.hidden + row * width);
 }
 
 }  // namespace quire

@@ -47,6 +47,7 @@ struct DecoderStep {
     const int64_t* wanted;  // [logit_rows], rows
     float* logits;          // [logit_rows, vocabulary], or null if only the best are wanted
     int32_t* best_ids;      // [logit_rows], -1 where a logit is NaN or infinite
+    float* hidden;          // [logit_rows, width] before the last norm, or null
     Progress progress;
 };
 
@@ -84,6 +85,7 @@ private:
     void add_mark(const DecoderStep& step, int64_t index);
     void add_head(const DecoderStep& step);
     void choose_best(const DecoderStep& step);
+    void copy_hidden(const DecoderStep& step);
     template <auto Kernel, class Args>
     void add(const Args& args, int64_t units);
 

@@ -90,6 +90,8 @@ class Decoder(Protocol):
 
         Tells the batch's ``progress`` as keys and values of its layers are written, whoever runs.
 
+        Writes the batch's ``hidden`` if it has one.
+
         If the batch says ``best_only``, ``kernels.ragged.best_ids`` of them instead.
 
         ``kv`` is ``kernels.layout.kv_view`` of the pool. Raises ``ValueError`` naming what is out

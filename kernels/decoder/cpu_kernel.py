@@ -43,6 +43,7 @@ class NativeDecoder:
             batch.logit_rows,
             logits,
             best,
+            batch.hidden,
             *_told(batch.progress),
         )
         return best if logits is None else logits

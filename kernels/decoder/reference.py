@@ -28,7 +28,10 @@ class ReferenceDecoder:
         for index, layer in enumerate(weights.layers):
             hidden = hidden + self._attention(index, layer, hidden, step)
             hidden = hidden + self._mlp(layer, hidden)
-        rows = rms_norm(hidden[batch.logit_rows], weights.norm, weights.norm_eps)
+        rows = hidden[batch.logit_rows]
+        if batch.hidden is not None:
+            batch.hidden.copy_(rows)
+        rows = rms_norm(rows, weights.norm, weights.norm_eps)
         logits = linear(rows, weights.head)
         return best_ids(logits) if batch.best_only else logits
 

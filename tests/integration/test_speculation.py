@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -47,6 +48,7 @@ class Knowing:
     name = "knowing"
     seconds_per_token = 0.0
     expects = None
+    hidden_width = 0
 
     def __init__(self, spoil: Spoil, sequences: Iterable[Sequence[int]]) -> None:
         self._spoil = spoil
@@ -56,7 +58,7 @@ class Knowing:
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
         self._known[name] = list(tokens)
 
-    def extend(self, name: str, tokens: Sequence[int]) -> None:
+    def extend(self, name: str, tokens: Sequence[int], hidden: torch.Tensor | None = None) -> None:
         self._known[name] += tokens
 
     def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:

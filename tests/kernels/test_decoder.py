@@ -14,6 +14,7 @@ from kernels.decoder import DecoderLayer, DecoderWeights, decoder, gate_up_rows,
 from kernels.decoder.cpu_kernel import decoder as native_decoder
 from kernels.decoder.reference import decoder as reference_decoder
 from kernels.layout import PageLayout
+from kernels.linear import linear
 from kernels.packed_matrix import (
     PackedMatrix,
     pack_floats,
@@ -24,6 +25,7 @@ from kernels.packed_matrix import (
 from kernels.progress import LayerProgress
 from kernels.quantized import QuantizedMatrix
 from kernels.ragged import RaggedBatch, best_ids
+from kernels.rms_norm import rms_norm
 from kernels.rope import rope_tables
 from tests.kernels.bits import same_bits
 from tests.paged_run import PagedRun, Rows, ragged
@@ -257,6 +259,18 @@ def test_the_best_ids_are_those_of_the_logits(made):
     logits = made(weights).forward(batch, kv, layout)
     ids = made(weights).forward(replace(batch, best_only=True), kv, layout)
     assert ids.tolist() == logits.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize("made", [native_decoder, reference_decoder])
+def test_hidden_rows_are_those_the_head_is_given(made):
+    weights = make("int8")
+    batch, kv, layout = step_arguments(weights, logit_rows=torch.tensor([0, 2]))
+    plain = made(weights).forward(batch, kv, layout)
+    hidden = torch.full((2, weights.width), torch.nan)
+    logits = made(weights).forward(replace(batch, hidden=hidden), kv, layout)
+    assert same_bits(logits, plain)
+    again = linear(rms_norm(hidden, weights.norm, weights.norm_eps), weights.head)
+    torch.testing.assert_close(again, logits)
 
 
 @pytest.mark.parametrize("made", [native_decoder, reference_decoder])

@@ -35,7 +35,7 @@ def test_a_file_gets_whole_lines_and_no_control_characters() -> None:
     text = run(io.StringIO())
     assert "\r" not in text
     (line,) = text.splitlines()
-    assert line.startswith("loading weights: 3/3 tensors")
+    assert line.startswith("loading weights: 3/3, ")
 
 
 def test_an_error_finds_a_line_of_its_own() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -242,6 +243,7 @@ class Fixed:
     name = "fixed"
     seconds_per_token = 0.0
     expects: float | None = None
+    hidden_width = 0
     starts_after_s = 0.0
 
     def __init__(self, *tokens: int) -> None:
@@ -251,7 +253,7 @@ class Fixed:
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
         self.known[name] = list(tokens)
 
-    def extend(self, name: str, tokens: Sequence[int]) -> None:
+    def extend(self, name: str, tokens: Sequence[int], hidden: torch.Tensor | None = None) -> None:
         self.known[name] += tokens
 
     def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:
@@ -339,7 +341,7 @@ def test_a_proposer_that_raises_costs_one_sequence_its_drafts(
 
 
 def test_an_unknown_proposer_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"one of lookup, history, model .*, not 'magic'"):
+    with pytest.raises(ValueError, match=r"one of lookup, history, model, head, .*: 'magic'"):
         open_speculator("magic", 10, FLAT)
 
 
