@@ -43,6 +43,9 @@ from kvstore.ledger import PageViolation
 from kvstore.pool import PagePool
 from kvstore.prefix_hash import PrefixHasher
 
+LAST_CHUNK = 128
+"""Rows that a prompt to be handed over ends with: its receiver waits for the pages of the last."""
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
@@ -358,6 +361,8 @@ class Scheduler:
             share = -(-budget // (len(running) - position))
             count = min(sequence.num_remaining, self.limits.chunk_tokens, share)
             decoding |= sequence.num_remaining == 1
+            if sequence.goal is Goal.PREFILL and count == sequence.num_remaining > LAST_CHUNK:
+                count -= LAST_CHUNK
             if count:
                 budget -= count
                 yield sequence.name, count

@@ -123,6 +123,16 @@ def test_prompts_get_fewer_rows_while_a_sequence_waits_for_its_next_token() -> N
     assert {rows.name: len(rows.tokens) for rows in plan.rows} == {"b": 32, "c": 32}
 
 
+def test_a_prompt_to_be_handed_over_ends_with_a_short_chunk() -> None:
+    driver = Driver(64, max_step_tokens=512, chunk_tokens=512)
+    lengths = []
+    plan = driver.step(driver.submit("a", 901, 1, goal=Goal.PREFILL))
+    while plan.rows:
+        lengths.append(len(plan.rows[0].tokens))
+        plan = driver.step()
+    assert lengths == [512, 260, 128]
+
+
 def test_only_the_last_row_of_a_known_text_wants_logits() -> None:
     driver = Driver(32, chunk_tokens=10)
     first = driver.step(driver.submit("a", 15, 3))
