@@ -9,7 +9,7 @@ from each hidden row, ``DEPTH`` tokens far, fed with the tokens that stand there
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -269,17 +269,21 @@ def _steps(net: HeadNet, data: Positions, at: torch.Tensor) -> Iterator[tuple[to
 
 
 def learn(
-    net: HeadNet, data: Positions, settings: TrainingSettings, progress: ProgressSink
+    net: HeadNet,
+    data: Positions,
+    settings: TrainingSettings,
+    progress: ProgressSink,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Teaches the head for as long as the settings say."""
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
     )
-    began = time.monotonic()
+    began = clock()
     order = torch.Generator().manual_seed(settings.seed)
     with progress.begin("learning (seconds)", round(settings.seconds)):
         shown = 0.0
-        while (took := time.monotonic() - began) < settings.seconds:
+        while (took := clock() - began) < settings.seconds:
             progress.advance(round(took) - round(shown))
             shown = took
             share = took / settings.seconds

@@ -78,6 +78,7 @@ async def test_a_leased_page_is_not_evicted_until_it_is_released(owner: Node, st
     assert last.commit.num_tokens == NUM_PAGES * PAGE
     assert await release(stub)
     assert not await release(stub)
+    await until(lambda: num_leased(owner.core) == 0)
     await owner.worker.engine.call(lambda core: core.pool.clear_cache())
     assert (await stub.LeasePages(lease_request(owner))).refusal == "absent"
 
