@@ -18,7 +18,10 @@ from bench.machine import Machine
 from bench.options import add_batch, add_modes, counts, loads, open_models
 from engine.local import AsyncLocalEngine
 from engine.model.load import LoadedModel
+from engine.scheduler import SchedulerLimits
 from kernels.peaks import Peaks
+
+CHUNK = SchedulerLimits().chunk_tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,23 +34,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="128,512",
         help="tokens of each prompt (default 512)",
     )
+    parser.add_argument(
+        "--chunk",
+        type=counts,
+        default=(CHUNK,),
+        metavar="128,512",
+        help="prompt tokens in a step (default that of the services)",
+    )
     parser.set_defaults(tokens=1)
 
 
 def run(options: argparse.Namespace, machine: Machine, report: Report) -> list[Row]:
     return [
-        asyncio.run(bench_prefill(loaded, load, machine.peaks, report))
+        asyncio.run(bench_prefill(loaded, load, machine.peaks, report, chunk))
         for loaded in open_models(options)
         for load in loads(options)
+        for chunk in options.chunk
     ]
 
 
-async def bench_prefill(loaded: LoadedModel, load: Load, peaks: Peaks, report: Report) -> Row:
+async def bench_prefill(
+    loaded: LoadedModel, load: Load, peaks: Peaks, report: Report, chunk: int = CHUNK
+) -> Row:
     """One row: the median over the repeats. ``load.tokens`` is 1."""
     spec = loaded.model.spec
     samples = []
+    limits = SchedulerLimits(max_step_tokens=max(chunk, 64), chunk_tokens=chunk)
     async with AsyncLocalEngine(
-        loaded, pool_tokens=load.pool_tokens, page_size=PAGE_SIZE
+        loaded, pool_tokens=load.pool_tokens, page_size=PAGE_SIZE, limits=limits
     ) as engine:
         for repeat in range(load.repeat + 1):
             prompts = load.prompts(spec.vocab_size, repeat)
@@ -56,7 +70,7 @@ async def bench_prefill(loaded: LoadedModel, load: Load, peaks: Peaks, report: R
             if repeat:  # the first one warms up
                 samples.append(time.perf_counter() - began)
                 report(f"prefill batch {load.batch} of {load.prompt}: {repeat}/{load.repeat}")
-    settings = load.row(loaded.name, spec.weight_mode, spec.kv_dtype)
+    settings = load.row(loaded.name, spec.weight_mode, spec.kv_dtype) | {"chunk": chunk}
     return settings | figures(samples, load, workload_of(loaded.model, PAGE_SIZE), peaks)
 
 

@@ -32,7 +32,7 @@ class EngineOptions(TypedDict, total=False):
     ``pool_tokens`` is the KV pool's size in tokens, ``page_size`` tokens per page. ``speculate`` is
     one of ``engine.modes.SPECULATION_MODES``: it changes no token. With "model" the model ``draft``
     proposes, or the same model; its weights in the mode ``draft_weights``. With "head" the head in
-    the file ``draft`` does, or the one that comes with the model.
+    the file ``draft`` does.
     """
 
     weights: str

@@ -11,7 +11,6 @@ arXiv:2502.14856). ``quire draft train`` makes one (``head_training.py``).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,14 +51,14 @@ class HeadWeights:
 
     def check(self, width: int, vocab_size: int) -> None:
         """Raises ValueError unless the head fits a target of that width and vocabulary."""
-        hidden = self.outer.shape[-1]
+        hidden = self.outer.shape[1] if self.outer.dim() == 2 else 0
         shapes = {
             "state_norm": (width,),
             "token_norm": (width,),
             "inner": (2 * hidden + width, 2 * width),
             "outer": (width, hidden),
             "out_norm": (width,),
-            "vocabulary": (len(self.vocabulary),),
+            "vocabulary": (self.vocabulary.numel(),),
         }
         for name, shape in shapes.items():
             found = tuple(getattr(self, name).shape)
@@ -68,7 +67,7 @@ class HeadWeights:
             if not bool(getattr(self, name).isfinite().all()):
                 raise ValueError(f"{name} has NaN or infinity in it")
         ids = self.vocabulary
-        if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        if not ids.numel() or int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
             raise ValueError(f"vocabulary must be ids from 0 to {vocab_size - 1}")
 
 
@@ -82,7 +81,7 @@ def read_head(path: Path) -> HeadWeights:
             if (file.metadata() or {}).get("format") != FORMAT:
                 raise ModelError(f"{path.name} is no draft head ({FORMAT})")
             tensors = {name: file.get_tensor(name) for name in NAMES}
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError) as error:
         raise ModelError(f"{path.name} cannot be read as a draft head: {error}") from None
     floats = {name: each.to(torch.float32) for name, each in tensors.items()}
     return HeadWeights(**(floats | {"vocabulary": tensors["vocabulary"].to(torch.int64)}))

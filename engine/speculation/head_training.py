@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from engine.chat_template import ChatMessage
+from engine.errors import ModelError
 from engine.local import AsyncLocalEngine
 from engine.model.llama import LlamaModel
 from engine.model.load import LoadedModel
@@ -57,8 +58,8 @@ class TrainingSettings:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """``hidden [T, H]`` bf16 are the last layer's rows, ``best [T]`` what the model says after
-    each; both only from ``start`` on, where the answer's first token is given."""
+    """``tokens [T]`` are an answer's, after the prompt's last one; ``hidden [T, H]`` bf16 what the
+    last layer made of each, ``best [T]`` what the model says after it."""
 
     tokens: torch.Tensor
     hidden: torch.Tensor
@@ -67,8 +68,8 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Shares of the held-out text's tokens that the head has right, by position in a draft where
-    all before it are right."""
+    """How often a head says what the model says, by position in a draft where all before it were
+    right."""
 
     accepted: tuple[float, ...]
     num_positions: int
@@ -77,12 +78,15 @@ class Report:
 async def train(
     loaded: LoadedModel, settings: TrainingSettings, progress: ProgressSink
 ) -> tuple[HeadWeights, Report]:
-    """A head for ``loaded``, and how well it does on text it has not seen."""
+    """A head for ``loaded``, and how well it does on text it has not seen. Raises ModelError if the
+    model's answers are too short to learn from."""
     model = loaded.model
     assert isinstance(model, LlamaModel)
     torch.manual_seed(settings.seed)
     answers = await write_answers(loaded, settings, progress)
     texts = features(model, answers, progress)
+    if len(texts) < 2:
+        raise ModelError(f"{model.spec.name} answers with hardly more than {DEPTH} tokens")
     held_out, seen = texts[::_HELD_OUT], [t for i, t in enumerate(texts) if i % _HELD_OUT]
     vocabulary = most_frequent([text.best for text in seen], settings.vocabulary)
     net = HeadNet(model, vocabulary, settings.hidden)
@@ -303,7 +307,7 @@ def learn(
 
 @torch.no_grad()
 def measure(net: HeadNet, data: Positions) -> Report:
-    """What a greedy target would accept of the head's drafts."""
+    """How often the head says what the model says, each draft fed with the text's own tokens."""
     right = torch.zeros(DEPTH, dtype=torch.int64)
     tried = torch.zeros(DEPTH, dtype=torch.int64)
     for first in range(0, len(data.starts), BATCH_ROWS):

@@ -12,7 +12,7 @@ END = -1
 """Stands behind every output; no token."""
 MOST_TENANTS = 16
 # Of a tenant twice as many at most: of two texts the older one is dropped when the newer is full.
-# A token takes about 150 bytes.
+# A token takes less than 250 bytes.
 MOST_TOKENS = 8192
 
 

@@ -102,6 +102,8 @@ def test_what_is_no_head_is_refused(head: HeadWeights, tmp_path: Path) -> None:
         ({"inner": torch.ones(8, 128)}, "inner is"),
         ({"outer": torch.ones(32, HIDDEN)}, "outer is"),
         ({"outer": torch.ones(64)}, "is"),
+        ({"outer": torch.tensor(1.0)}, "is"),
+        ({"vocabulary": torch.tensor(5)}, "vocabulary is"),
         ({"vocabulary": torch.tensor([5, 100_000])}, "vocabulary must be ids from 0 to"),
         ({"vocabulary": torch.tensor([-1])}, "vocabulary must be ids"),
         ({"vocabulary": torch.tensor([], dtype=torch.int64)}, "vocabulary must be ids"),
@@ -122,6 +124,8 @@ def test_models_without_hidden_rows_or_a_head_are_refused(
         DraftHead(head, load_model("hash").model, {})
     with pytest.raises(ModelError, match="quire draft train"):
         load_drafter("head", tiny)
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_drafter("head", tiny, "nowhere.safetensors")
 
 
 def test_a_head_proposes_nothing_before_it_was_told_a_hidden_row(
@@ -152,7 +156,7 @@ def test_a_users_message_stands_between_what_the_template_puts_around_it(
     assert after == (end, user)
 
 
-def test_what_is_measured_is_what_a_greedy_target_accepts(net: HeadNet) -> None:
+def test_what_is_measured_is_how_often_head_and_model_agree(net: HeadNet) -> None:
     ids = net.vocabulary
     tokens = torch.full((DEPTH + 3,), 3)
     text = Text(tokens, torch.zeros(len(tokens), 64, dtype=torch.bfloat16), tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import tracemalloc
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
@@ -84,6 +86,18 @@ def test_another_text_is_followed_while_the_first_one_grows(
         read = [*other, *other, *[0] * len(more)][: len(other) + len(whole) - len(text)]
         if match.length:
             assert whole[match.after - match.length : match.after] == read[-match.length :]
+
+
+def test_a_text_takes_less_than_250_bytes_a_token() -> None:
+    rng = random.Random(1)
+    tokens = [min(int(rng.paretovariate(0.7)), 40_000) for _ in range(8000)]
+    tracemalloc.start()
+    automaton = SuffixAutomaton()
+    for token in tokens:
+        automaton.append(token)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 250 * len(tokens)
 
 
 # -- prompt lookup
