@@ -37,12 +37,14 @@ double since(Clock::time_point start) {
 
 #if defined(__x86_64__)
 
-// Products of operands that stay in registers, added to kChains sums by turns. A macro, because a
-// function with a target is not inlined into one without it.
+// Products of operands that stay in registers, added to kChains sums by turns. The compiler must not
+// see that all sums are equal: it would make one of them. A macro, because a function with a target
+// is not inlined into one without it.
 #define QUIRE_LOOP(name, features, Vector, operand, multiply_add)            \
     __attribute__((target(features))) void name(int64_t rounds) {            \
         Vector sums[kChains] = {};                                           \
         const Vector a = operand;                                            \
+        for (Vector& sum : sums) asm volatile("" : "+v"(sum));               \
         for (; rounds > 0; --rounds)                                         \
             for (Vector& sum : sums) sum = multiply_add;                     \
         for (int i = 1; i < kChains; ++i) sums[0] = sums[0] + sums[i];       \
