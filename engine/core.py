@@ -54,6 +54,7 @@ from engine.speculation import (
     DraftHead,
     DraftModel,
     HeadWeights,
+    SequencePages,
     Speculator,
     StepTimes,
     measure_steps,
@@ -427,10 +428,15 @@ class EngineCore:
         times = StepTimes(measure_steps(self.model, self.memory.kv, self.layout))
         proposer: DraftModel | DraftHead | None = None
         if isinstance(draft, HeadWeights):
-            proposer = DraftHead(draft, self.model, self._generations)
+            pages = SequencePages(self.memory.kv, self.layout, self._pages_of)
+            proposer = DraftHead(draft, self.model, pages, self._generations)
         elif draft is not None:
             proposer = DraftModel(draft, settings.num_pages, settings.page_size, self._generations)
         return open_speculator(settings.speculate, self.model.spec.vocab_size, times, proposer)
+
+    def _pages_of(self, name: str) -> Sequence[int]:
+        sequence = self.scheduler.sequence(name)
+        return () if sequence is None else sequence.pages
 
     def _open_swapper(self) -> Swapper | None:
         settings = self.settings

@@ -27,6 +27,7 @@ class Decoder:
     def forward(
         self,
         token_ids: Tensor,
+        states: Tensor | None,
         positions: Tensor,
         query_starts: Tensor,
         page_tables: Tensor,

@@ -18,7 +18,8 @@ class RaggedBatch:
     included. ``page_tables[s]`` lists the page slots of sequence ``s`` from position 0; entries
     past the last needed page are -1. With ``best_only`` nobody wants the logits, only the id of
     each row's largest one. ``hidden`` is filled with what the last layer made of these rows.
-    ``progress`` is told as the layers' keys and values are written.
+    ``progress`` is told as the layers' keys and values are written. ``states`` are the hidden rows
+    that a decoder with ``StateInputs`` goes on from: of each row's predecessor.
     """
 
     token_ids: torch.Tensor  # [T] int64
@@ -29,6 +30,7 @@ class RaggedBatch:
     best_only: bool = False
     progress: LayerProgress | None = None
     hidden: torch.Tensor | None = None  # [R, H] fp32, before the last norm
+    states: torch.Tensor | None = None  # [T, H] fp32
 
     @property
     def num_rows(self) -> int:

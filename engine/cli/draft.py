@@ -40,7 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens it may draft, the most frequent ones (%(default)s)",
     )
     training.add_argument(
-        "--hidden", type=int, default=defaults.hidden, help="its width (%(default)s)"
+        "--hidden",
+        type=int,
+        default=defaults.hidden,
+        help="its feed-forward's width (0: the model's own)",
     )
     training.add_argument("--seed", type=int, default=defaults.seed)
 
@@ -71,9 +74,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("tokens", "minutes", "hidden", "vocabulary"):
+    for name in ("tokens", "minutes", "vocabulary"):
         value = getattr(options, name)
         if value <= 0:
             raise InvalidRequest(f"--{name}", f"{value} is too few", "more than 0")
+    if options.hidden < 0:
+        raise InvalidRequest("--hidden", f"{options.hidden} is too few", "0 or more")
     if options.out.suffix != ".safetensors" or not options.out.parent.is_dir():
         raise InvalidRequest("--out", f"{options.out} cannot be written", "a .safetensors file")

@@ -6,7 +6,7 @@ with any proposer, none, or a changing one, and only its speed differs. ``propos
 proposer must do; ``lengths`` decides how many drafts of each sequence are worth their rows.
 """
 
-from engine.speculation.draft_head import DraftHead, HeadWeights
+from engine.speculation.draft_head import DraftHead, HeadWeights, SequencePages
 from engine.speculation.draft_model import DraftModel
 from engine.speculation.lengths import StepTimes
 from engine.speculation.loading import Drafter, load_drafter
@@ -18,6 +18,7 @@ __all__ = [
     "DraftModel",
     "Drafter",
     "HeadWeights",
+    "SequencePages",
     "SpeculationStats",
     "Speculator",
     "StepTimes",

@@ -1,19 +1,20 @@
-"""Drafts of a small head trained for the target, on what the target's last layer made of a token.
+"""Drafts of a small head trained for the target: one layer that goes on from what the target knows.
 
 From the hidden row that gave the last token, and that token, the head makes a state like the hidden
-row to come, from it the next draft, and so on: a recurrent drafter (Cheng et al., 2024,
-arXiv:2403.09919) whose steps see the tokens drafted before, as in Hydra (Ankner et al., 2024,
-arXiv:2402.05109). Unlike EAGLE (Li et al., 2024, arXiv:2401.15077) it attends to nothing: prompts
-that were prefilled by another worker or found in a cache come without hidden rows. Drafts are of a
-part of the vocabulary, the tokens that the target writes most (FR-Spec: Zhao et al., 2025,
-arXiv:2502.14856). ``quire draft train`` makes one (``head_training.py``).
+row to come, from it the next draft, and so on, as EAGLE does (Li et al., 2024, arXiv:2401.15077).
+Prompts that were prefilled by another worker or found in a cache come without hidden rows, so the
+head attends to the keys and values of the target's last layer, which lie in the sequence's pages
+whoever computed them, as GliDe does (Du et al., 2024, arXiv:2402.02082). Its own keys and values
+stand behind them, where the target writes its own when it verifies. Drafts are of a part of the
+vocabulary, the tokens that the target writes most (FR-Spec: Zhao et al., 2025, arXiv:2502.14856).
+``quire draft train`` makes one (``head_training.py``).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,20 @@ from engine.model import Model
 from engine.model.llama import LlamaModel
 from engine.speculation.choosing import choose_drafts
 from engine.speculation.proposer import Draft
+from kernels.decoder import (
+    DecoderLayer,
+    DecoderWeights,
+    StateInputs,
+    decoder,
+    gate_up_rows,
+    qkv_rows,
+)
 from kernels.embedding import embedding
-from kernels.linear import linear
+from kernels.layout import PageLayout
 from kernels.packed_matrix import PackedMatrix, pack_rotated_int8
-from kernels.rms_norm import rms_norm
-from kernels.silu_mul import silu_mul
+from kernels.ragged import RaggedBatch
 
-FORMAT = "quire-draft-head-1"
+FORMAT = "quire-draft-head-2"
 EXPECTED = 0.5
 _STEP = 0.1  # by how much a measured step moves what is known
 _TRIES = 5
@@ -40,23 +48,38 @@ _TRIES = 5
 
 @dataclass(frozen=True, slots=True)
 class HeadWeights:
-    """``H`` is the target's width, ``M`` the head's own, ``V`` the number of tokens it drafts."""
+    """``H`` is the target's width, ``A`` that of its query heads and ``B`` of its key heads
+    together, ``M`` the feed-forward's own, ``V`` the number of tokens it drafts."""
 
     state_norm: torch.Tensor  # [H]
     token_norm: torch.Tensor  # [H]
-    inner: torch.Tensor  # [2 M + H, 2 H]: gate, up, and what is added to the layer's output
-    outer: torch.Tensor  # [H, M]
+    from_state: torch.Tensor  # [H, H]
+    from_token: torch.Tensor  # [H, H]
+    attention_norm: torch.Tensor  # [H]
+    qkv: torch.Tensor  # [A + 2 B, H]
+    out: torch.Tensor  # [H, A]
+    mlp_norm: torch.Tensor  # [H]
+    gate_up: torch.Tensor  # [2 M, H]
+    down: torch.Tensor  # [H, M]
     out_norm: torch.Tensor  # [H]
-    vocabulary: torch.Tensor  # [V] int32, ids of the target
+    vocabulary: torch.Tensor  # [V] int64, ids of the target
 
-    def check(self, width: int, vocab_size: int) -> None:
-        """Raises ValueError unless the head fits a target of that width and vocabulary."""
-        hidden = self.outer.shape[1] if self.outer.dim() == 2 else 0
+    def check(self, target: DecoderWeights) -> None:
+        """Raises ValueError unless the head fits the target."""
+        width, vocab_size = target.width, target.head.outputs
+        queries, keys = (n * target.head_dim for n in (target.num_heads, target.num_kv_heads))
+        hidden = self.down.shape[1] if self.down.dim() == 2 else 0
         shapes = {
             "state_norm": (width,),
             "token_norm": (width,),
-            "inner": (2 * hidden + width, 2 * width),
-            "outer": (width, hidden),
+            "from_state": (width, width),
+            "from_token": (width, width),
+            "attention_norm": (width,),
+            "qkv": (queries + 2 * keys, width),
+            "out": (width, queries),
+            "mlp_norm": (width,),
+            "gate_up": (2 * hidden, width),
+            "down": (width, hidden),
             "out_norm": (width,),
             "vocabulary": (self.vocabulary.numel(),),
         }
@@ -66,12 +89,51 @@ class HeadWeights:
                 raise ValueError(f"{name} is {list(found)}, the target needs {list(shape)}")
             if not bool(getattr(self, name).isfinite().all()):
                 raise ValueError(f"{name} has NaN or infinity in it")
+        if not hidden:
+            raise ValueError("down must have inputs")
         ids = self.vocabulary
         if not ids.numel() or int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
             raise ValueError(f"vocabulary must be ids from 0 to {vocab_size - 1}")
 
+    def decoder(self, target: DecoderWeights) -> DecoderWeights:
+        """The head as a decoder of one layer, in the target's last one's place."""
+        num_heads = target.num_heads + 2 * target.num_kv_heads
+        layer = DecoderLayer(
+            attention_norm=self.attention_norm,
+            qkv=_packed(self.qkv, qkv_rows(num_heads, target.head_dim)),
+            out=pack_rotated_int8(self.out),
+            mlp_norm=self.mlp_norm,
+            gate_up=_packed(self.gate_up, gate_up_rows(self.down.shape[1])),
+            down=pack_rotated_int8(self.down),
+        )
+        return DecoderWeights(
+            num_heads=target.num_heads,
+            num_kv_heads=target.num_kv_heads,
+            head_dim=target.head_dim,
+            norm_eps=target.norm_eps,
+            attention_scale=target.attention_scale,
+            embedding=target.embedding,
+            layers=(layer,),
+            norm=self.out_norm,
+            head=pack_rotated_int8(embedding(self.vocabulary, target.head)),
+            cos=target.cos,
+            sin=target.sin,
+            states=StateInputs(
+                state_norm=self.state_norm,
+                token_norm=self.token_norm,
+                from_state=pack_rotated_int8(self.from_state),
+                from_token=pack_rotated_int8(self.from_token),
+                first_layer=len(target.layers) - 1,
+            ),
+        )
 
-NAMES = ("state_norm", "token_norm", "inner", "outer", "out_norm", "vocabulary")
+
+NAMES = tuple(field.name for field in fields(HeadWeights))
+
+
+def _packed(weight: torch.Tensor, order: torch.Tensor) -> PackedMatrix:
+    """Its rows in ``order``, -1 standing for zeros."""
+    return pack_rotated_int8(torch.cat((weight, weight.new_zeros(1, weight.shape[1])))[order])
 
 
 def read_head(path: Path) -> HeadWeights:
@@ -87,50 +149,64 @@ def read_head(path: Path) -> HeadWeights:
     return HeadWeights(**(floats | {"vocabulary": tensors["vocabulary"].to(torch.int64)}))
 
 
+@dataclass(frozen=True, slots=True)
+class SequencePages:
+    """The target's pages: ``kv`` as its forward takes them, and of a sequence the slots of those it
+    has, from position 0 on; none if it has no place in the pool now."""
+
+    kv: torch.Tensor
+    layout: PageLayout
+    of: Callable[[str], Sequence[int]]
+
+
 @dataclass(slots=True)
 class _Sequence:
     last_token: int
+    num_tokens: int
     hidden: torch.Tensor | None = None
 
 
 class DraftHead:
     """Proposes what the head makes of a sequence, once a step has given it a hidden row.
 
-    ``generations`` are the target's, by sequence: their token functions choose.
+    ``generations`` are the target's, by sequence: their token functions choose. Writes keys and
+    values behind those that the target has written, as far as the sequence's pages go, and drafts
+    no further.
     """
 
     name = "head"
     expects = EXPECTED
 
     def __init__(
-        self, weights: HeadWeights, target: Model, generations: Mapping[str, Generation]
+        self,
+        weights: HeadWeights,
+        target: Model,
+        pages: SequencePages,
+        generations: Mapping[str, Generation],
     ) -> None:
         """Raises ModelError if the head was made for another model's shapes, or none can be."""
         if not isinstance(target, LlamaModel):
             raise ModelError(f"{target.spec.name} has no hidden rows for a draft head")
-        self.hidden_width = target.weights.width
-        self._vocab_size = target.spec.vocab_size
         try:
-            weights.check(self.hidden_width, self._vocab_size)
+            weights.check(target.weights)
         except ValueError as error:
             raise ModelError(f"the draft head does not fit {target.spec.name}: {error}") from None
-        self._weights = weights
-        self._eps = target.weights.norm_eps
-        self._embedding = target.weights.embedding
-        self._inner = pack_rotated_int8(weights.inner)
-        self._outer = pack_rotated_int8(weights.outer)
-        self._head = head_rows(target.weights.head, weights.vocabulary)
+        self.hidden_width = target.weights.width
+        self._vocab_size = target.spec.vocab_size
+        self._decoder = decoder(weights.decoder(target.weights))
         self._ids = weights.vocabulary.numpy()
+        self._pages = pages
         self._generations = generations
         self._sequences: dict[str, _Sequence] = {}
         self.seconds_per_token = self._measured()
 
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
-        self._sequences[name] = _Sequence(tokens[-1])
+        self._sequences[name] = _Sequence(tokens[-1], len(tokens))
 
     def extend(self, name: str, tokens: Sequence[int], hidden: torch.Tensor | None = None) -> None:
         sequence = self._sequences[name]
         sequence.last_token, sequence.hidden = tokens[-1], hidden
+        sequence.num_tokens += len(tokens)
 
     def forget(self, name: str) -> None:
         self._sequences.pop(name, None)
@@ -140,65 +216,105 @@ class DraftHead:
 
     def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:
         """Nothing for a sequence of which no step has told a hidden row yet."""
-        states = {
-            name: hidden for name in most if (hidden := self._sequences[name].hidden) is not None
-        }
-        tokens = {name: self._sequences[name].last_token for name in states}
-        drafts: dict[str, list[int]] = {name: [] for name in states}
-        while states:
+        lengths = {name: min(number, self._room(name)) for name, number in most.items()}
+        names = sorted(lengths, key=lambda name: -lengths[name])
+        drafts: dict[str, list[int]] = {name: [] for name in names}
+        rows = self.rows([name for name in names if lengths[name] > 0])
+        for depth in range(max(lengths.values(), default=0)):
             began = time.perf_counter()
-            rows, logits = self._forward(torch.stack([*states.values()]), [*tokens.values()])
-            chosen = self._choose(drafts, [*states], logits)
+            longer = [name for name in names if lengths[name] > depth]
+            rows = self._forward(rows.first(len(longer)), drafts, longer)
             took = time.perf_counter() - began
             self.seconds_per_token += _STEP * (took - self.seconds_per_token)
-            found = zip(states, rows, chosen, strict=True)
-            states, tokens = {}, {}
-            for name, state, token in found:
-                if token >= 0:
-                    drafts[name].append(token)
-                    if len(drafts[name]) < most[name]:
-                        states[name], tokens[name] = state, token
         return {name: Draft(tuple(each), EXPECTED) for name, each in drafts.items()}
 
-    def _forward(
-        self, states: torch.Tensor, tokens: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """States ``[B, H]`` and tokens that follow them: next states, and logits ``[B, V]``."""
-        weights, width = self._weights, self._outer.inputs
-        rows = embedding(torch.tensor(tokens), self._embedding)
-        both = torch.cat(
-            (
-                rms_norm(states, weights.state_norm, self._eps),
-                rms_norm(rows, weights.token_norm, self._eps),
-            ),
-            dim=1,
-        )
-        inner = linear(both, self._inner)
-        gate, up = inner[:, :width].contiguous(), inner[:, width : 2 * width].contiguous()
-        states = inner[:, 2 * width :] + linear(silu_mul(gate, up), self._outer)
-        return states, linear(rms_norm(states, weights.out_norm, self._eps), self._head)
+    def _room(self, name: str) -> int:
+        """Drafts for whose making the sequence has pages: each but the last is run here."""
+        sequence = self._sequences[name]
+        if sequence.hidden is None:
+            return 0
+        num_slots = len(self._pages.of(name)) * self._pages.layout.page_size
+        return max(num_slots - sequence.num_tokens + 1, 0)
 
-    def _choose(
-        self, drafts: Mapping[str, list[int]], names: list[str], logits: torch.Tensor
-    ) -> list[int]:
-        if not any(self._generations[name].needs_logits(len(drafts[name]) + 1) for name in names):
-            best: list[int] = self._ids[logits.argmax(dim=1).numpy()].tolist()
-            return best
-        whole = np.full((len(names), self._vocab_size), np.float32(-1e30))
-        whole[:, self._ids] = logits.numpy()
-        return choose_drafts(self._generations, drafts, names, whole)
+    def rows(self, names: Sequence[str]) -> Rows:
+        """Where these sequences' drafts begin; a step has told of each a hidden row."""
+        sequences = [self._sequences[name] for name in names]
+        tables = [self._pages.of(name) for name in names]
+        table = np.full((len(names), max(map(len, tables), default=0)), -1, dtype=np.int32)
+        for row, slots in zip(table, tables, strict=True):
+            row[: len(slots)] = slots
+        states = [each.hidden for each in sequences if each.hidden is not None]
+        return Rows(
+            tokens=torch.tensor([each.last_token for each in sequences], dtype=torch.int64),
+            states=torch.stack(states) if states else torch.empty(0, self.hidden_width),
+            positions=torch.tensor([each.num_tokens - 1 for each in sequences], dtype=torch.int64),
+            tables=torch.from_numpy(table),
+        )
+
+    def _forward(self, rows: Rows, drafts: dict[str, list[int]], names: list[str]) -> Rows:
+        """Adds a draft to each of these sequences; returns the rows that come next."""
+        best_only = not any(
+            self._generations[name].needs_logits(len(drafts[name]) + 1) for name in names
+        )
+        result, states = self.run(rows, best_only)
+        if best_only:
+            best = result.numpy()
+            tokens = np.where(best < 0, -1, self._ids[best]).tolist()
+        else:
+            whole = np.full((len(names), self._vocab_size), np.float32(-1e30))
+            whole[:, self._ids] = result.numpy()
+            tokens = choose_drafts(self._generations, drafts, names, whole)
+        for name, token in zip(names, tokens, strict=True):
+            drafts[name].append(token)
+        # After what is no token nothing is used: whatever follows it may be drafted.
+        return Rows(torch.tensor(tokens).clamp_(min=0), states, rows.positions + 1, rows.tables)
+
+    def run(self, rows: Rows, best_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the decoder returns for these rows, and their states ``[B, H]``."""
+        states = torch.empty_like(rows.states)
+        batch = rows.batch(best_only, states)
+        return self._decoder.forward(batch, self._pages.kv, self._pages.layout), states
 
     def _measured(self) -> float:
-        """Seconds of a step of one row, the best of a few."""
-        state = torch.ones(1, self.hidden_width)
+        """Seconds of a step of one row, the best of a few; writes into the pool's first page."""
+        row = Rows(
+            torch.zeros(1, dtype=torch.int64),
+            torch.ones(1, self.hidden_width),
+            torch.zeros(1, dtype=torch.int64),
+            torch.zeros(1, 1, dtype=torch.int32),
+        )
         times = []
         for _ in range(_TRIES):
             began = time.perf_counter()
-            self._forward(state, [0])
+            self.run(row, best_only=True)
             times.append(time.perf_counter() - began)
         return min(times)
 
 
-def head_rows(head: PackedMatrix, ids: torch.Tensor) -> PackedMatrix:
-    """The rows of the target's LM head that stand for these tokens."""
-    return pack_rotated_int8(embedding(ids, head))
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A row of each sequence: its last token, its predecessor's state, where it stands."""
+
+    tokens: torch.Tensor  # [B]
+    states: torch.Tensor  # [B, H]
+    positions: torch.Tensor  # [B]
+    tables: torch.Tensor  # [B, pages]
+
+    def first(self, number: int) -> Rows:
+        if number == len(self.tokens):
+            return self
+        parts = (self.tokens, self.states, self.positions, self.tables)
+        return Rows(*(part[:number] for part in parts))
+
+    def batch(self, best_only: bool, hidden: torch.Tensor) -> RaggedBatch:
+        number = len(self.tokens)
+        return RaggedBatch(
+            token_ids=self.tokens,
+            positions=self.positions,
+            query_starts=torch.arange(number + 1),
+            page_tables=self.tables,
+            logit_rows=torch.arange(number),
+            best_only=best_only,
+            hidden=hidden,
+            states=self.states,
+        )

@@ -2,8 +2,10 @@
 
 The model writes users' messages too: given only the chat template's beginning of one, it makes one
 up (Magpie: Xu et al., 2024, arXiv:2406.08464). Its answers are run through it once more for their
-hidden rows and for what it would have said at every position, and the head learns to say the same
-from each hidden row, ``DEPTH`` tokens far, fed with the tokens that stand there.
+hidden rows, the last layer's keys and values, and what it would have said at every position, and
+the head learns to say the same from each hidden row, ``DEPTH`` tokens far, fed with the tokens that
+stand there and with its own states ("training-time test", EAGLE-3: Li et al., 2025,
+arXiv:2503.01840). It starts as the target's last layer.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from math import sqrt
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +32,18 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerLimits
 from engine.speculation.draft_head import FORMAT, NAMES, HeadWeights
 from engine.tokenizer import Tokenizer
+from kernels.decoder import DecoderWeights, gate_up_rows, qkv_rows
 from kernels.embedding import embedding
+from kernels.layout import read_tokens
+from kernels.linear import linear
+from kernels.packed_matrix import PackedMatrix, split
 from kernels.ragged import RaggedBatch
 from kvstore.memory import PageMemory
 
-DEPTH = 4
+DEPTH = 3
 FADE = 0.8  # what a position weighs beside the one before it
 MESSAGE_TOKENS, ANSWER_TOKENS = 128, 256
-TEMPERATURES = (0.0, 0.7, 1.0)
+TEMPERATURES = (0.0, 0.0, 0.7)
 STREAMS = 64
 PAGE_SIZE = 32
 BATCH_ROWS = 1024
@@ -46,12 +53,12 @@ _HELD_OUT = 50  # one text of so many is kept for measuring
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
     """``num_tokens`` of answers to learn from, for at most ``seconds`` of learning; the head's
-    ``hidden`` width and how many tokens it drafts."""
+    ``hidden`` width, 0 for the target's own, and how many tokens it drafts."""
 
-    num_tokens: int = 300_000
-    seconds: float = 1500.0
-    hidden: int = 1024
-    vocabulary: int = 8192
+    num_tokens: int = 400_000
+    seconds: float = 2100.0
+    hidden: int = 0
+    vocabulary: int = 6144
     learning_rate: float = 1e-3
     seed: int = 0
 
@@ -59,11 +66,24 @@ class TrainingSettings:
 @dataclass(frozen=True, slots=True)
 class Text:
     """``tokens [T]`` are an answer's, after the prompt's last one; ``hidden [T, H]`` bf16 what the
-    last layer made of each, ``best [T]`` what the model says after it."""
+    last layer made of each, ``best [T]`` what the model says after it. ``keys`` and ``values
+    [P + T, Hkv, head_dim]`` bf16 are the last layer's, of the ``P`` tokens before them too."""
 
     tokens: torch.Tensor
     hidden: torch.Tensor
     best: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def first(self) -> int:
+        """Where ``tokens`` begin."""
+        return len(self.keys) - len(self.tokens)
+
+    @property
+    def num_starts(self) -> int:
+        """Positions from which ``DEPTH`` drafts can be told: the first so many."""
+        return len(self.tokens) - DEPTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +109,9 @@ async def train(
         raise ModelError(f"{model.spec.name} answers with hardly more than {DEPTH} tokens")
     held_out, seen = texts[::_HELD_OUT], [t for i, t in enumerate(texts) if i % _HELD_OUT]
     vocabulary = most_frequent([text.best for text in seen], settings.vocabulary)
-    net = HeadNet(model, vocabulary, settings.hidden)
-    learn(net, Positions.of(seen), settings, progress)
-    return net.weights(), measure(net, Positions.of(held_out))
+    net = HeadNet(model.weights, vocabulary, settings.hidden, scale_of(seen))
+    learn(net, seen, settings, progress)
+    return net.weights(), measure(net, held_out)
 
 
 # -- text
@@ -169,7 +189,7 @@ def features(
     with progress.begin("reading it", len(answers)):
         for prompt, answer in answers:
             progress.advance()
-            if len(answer) <= DEPTH + 1:
+            if len(answer) <= DEPTH:
                 continue
             tokens = torch.tensor([*prompt, *answer])
             wanted = torch.arange(len(prompt) - 1, len(tokens))
@@ -184,7 +204,19 @@ def features(
                 hidden=hidden,
             )
             best = model.forward(batch, memory.kv, layout)
-            found.append(Text(tokens[len(prompt) - 1 :], hidden.to(torch.bfloat16), best.long()))
+            keys, values = (
+                part.transpose(1, 2).flatten(0, 1)[: len(tokens)].to(torch.bfloat16)
+                for part in read_tokens(memory.kv[:, -1], layout)
+            )
+            found.append(
+                Text(
+                    tokens=tokens[len(prompt) - 1 :],
+                    hidden=hidden.to(torch.bfloat16),
+                    best=best.long(),
+                    keys=keys,
+                    values=values,
+                )
+            )
     return found
 
 
@@ -195,86 +227,214 @@ def most_frequent(ids: Sequence[torch.Tensor], most: int) -> torch.Tensor:
     return torch.from_numpy(np.sort(found[order]))
 
 
+def scale_of(texts: Sequence[Text]) -> float:
+    """The root mean square of their hidden rows."""
+    squares = sum(float(text.hidden.float().square().sum()) for text in texts)
+    return sqrt(squares / sum(text.hidden.numel() for text in texts))
+
+
 # -- learning
 
 
 @dataclass(frozen=True, slots=True)
-class Positions:
-    """Texts behind each other. ``starts`` are the rows from which ``DEPTH`` drafts can be told."""
+class Batch:
+    """``N`` texts side by side, padded to ``S`` starts and ``L`` keys."""
 
-    tokens: torch.Tensor  # [N]
-    hidden: torch.Tensor  # [N, H] bf16
-    best: torch.Tensor  # [N]
-    starts: torch.Tensor
+    tokens: torch.Tensor  # [N, S + DEPTH]
+    hidden: torch.Tensor  # [N, S + DEPTH, H] bf16
+    best: torch.Tensor  # [N, S + DEPTH]
+    keys: torch.Tensor  # [N, L, Hkv, head_dim] bf16
+    values: torch.Tensor
+    positions: torch.Tensor  # [N, S], of the starts
+    real: torch.Tensor  # [N, S] bool, which starts are not padding
 
     @staticmethod
-    def of(texts: Sequence[Text]) -> Positions:
-        offsets = np.cumsum([0, *(len(text.tokens) for text in texts)])
-        starts = [
-            torch.arange(offset, offset + len(text.tokens) - DEPTH)
-            for offset, text in zip(offsets, texts, strict=False)
-        ]
-        return Positions(
-            torch.cat([text.tokens for text in texts]),
-            torch.cat([text.hidden for text in texts]),
-            torch.cat([text.best for text in texts]),
-            torch.cat(starts),
+    def of(texts: Sequence[Text]) -> Batch:
+        num_starts = max(text.num_starts for text in texts)
+        starts = torch.arange(num_starts)
+        return Batch(
+            tokens=_padded([text.tokens for text in texts]),
+            hidden=_padded([text.hidden for text in texts]),
+            best=_padded([text.best for text in texts]),
+            keys=_padded([text.keys for text in texts]),
+            values=_padded([text.values for text in texts]),
+            positions=torch.tensor([[text.first] for text in texts]) + starts,
+            real=starts < torch.tensor([[text.num_starts] for text in texts]),
         )
 
 
-class HeadNet(torch.nn.Module):
-    """The head as it learns; ``engine.speculation.draft_head`` runs the same arithmetic."""
+def _padded(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
 
-    def __init__(self, model: LlamaModel, vocabulary: torch.Tensor, hidden: int) -> None:
+
+def batches(texts: Sequence[Text], order: Sequence[int]) -> Iterator[Batch]:
+    """All texts in this order, about ``BATCH_ROWS`` starts at a time."""
+    taken: list[Text] = []
+    for index in order:
+        taken.append(texts[index])
+        if sum(text.num_starts for text in taken) >= BATCH_ROWS:
+            yield Batch.of(taken)
+            taken = []
+    if taken:
+        yield Batch.of(taken)
+
+
+class HeadNet(torch.nn.Module):
+    """The head as it learns; ``engine.speculation.draft_head`` runs the same arithmetic.
+
+    ``scale`` is that of the target's hidden rows, at which its last layer works.
+    """
+
+    state_norm: torch.nn.Parameter
+    token_norm: torch.nn.Parameter
+    from_state: torch.nn.Parameter
+    from_token: torch.nn.Parameter
+    attention_norm: torch.nn.Parameter
+    qkv: torch.nn.Parameter
+    out: torch.nn.Parameter
+    mlp_norm: torch.nn.Parameter
+    gate_up: torch.nn.Parameter
+    down: torch.nn.Parameter
+    out_norm: torch.nn.Parameter
+
+    def __init__(
+        self, target: DecoderWeights, vocabulary: torch.Tensor, hidden: int, scale: float
+    ) -> None:
         super().__init__()
-        width = model.weights.width
-        self.eps = model.weights.norm_eps
-        self.hidden = hidden
+        self.target = target
+        self.scale = scale
         self.vocabulary = vocabulary
-        self.head = embedding(vocabulary, model.weights.head)  # [V, H], stays as it is
-        self.embedding = model.weights.embedding
+        self.head = embedding(vocabulary, target.head)  # stays as it is
         # Of ids that the head does not draft, -100: they teach nothing.
-        self.label_of = torch.full((model.spec.vocab_size,), -100)
+        self.label_of = torch.full((target.head.outputs,), -100)
         self.label_of[vocabulary] = torch.arange(len(vocabulary))
-        self.state_norm = torch.nn.Parameter(torch.ones(width))
-        self.token_norm = torch.nn.Parameter(torch.ones(width))
-        self.out_norm = torch.nn.Parameter(model.weights.norm.clone())
-        inner = torch.randn(2 * hidden + width, 2 * width) * (2 * width) ** -0.5
-        inner[2 * hidden :] = 0
-        self.inner = torch.nn.Parameter(inner)
-        self.outer = torch.nn.Parameter(torch.randn(width, hidden) * hidden**-0.5)
+        width, last = target.width, target.layers[-1]
+        num_heads = target.num_heads + 2 * target.num_kv_heads
+        own = last.down.inputs
+        gate_up = _dense(last.gate_up, gate_up_rows(own))
+        down = _dense(last.down)
+        if hidden not in (0, own):
+            gate_up = torch.randn(2 * hidden, width) * width**-0.5
+            down = torch.randn(width, hidden) * hidden**-0.5
+        starts = {
+            "state_norm": torch.ones(width),
+            "token_norm": torch.ones(width),
+            "from_state": torch.eye(width),
+            "from_token": torch.randn(width, width) * 0.1 * width**-0.5,
+            "attention_norm": last.attention_norm,
+            "qkv": _dense(last.qkv, qkv_rows(num_heads, target.head_dim)),
+            "out": _dense(last.out),
+            "mlp_norm": last.mlp_norm,
+            "gate_up": gate_up,
+            "down": down,
+            "out_norm": target.norm,
+        }
+        for name, start in starts.items():
+            self.register_parameter(name, torch.nn.Parameter(start.clone()))
+
+    def steps(self, batch: Batch) -> Iterator[tuple[int, torch.Tensor]]:
+        """The logits ``[N, S, V]`` at each position of the drafts from all starts of a batch."""
+        num_starts = batch.positions.shape[1]
+        states, seen = batch.hidden[:, :num_starts].float(), Seen(batch)
+        for depth in range(1, DEPTH + 1):
+            tokens = batch.tokens[:, depth : depth + num_starts]
+            states, logits = self(states, tokens, depth, seen)
+            yield depth, logits
 
     def forward(
-        self, states: torch.Tensor, rows: torch.Tensor
+        self, states: torch.Tensor, tokens: torch.Tensor, depth: int, seen: Seen
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """States and embedding rows of the tokens after them, ``[B, H]``; next states, logits."""
-        states, rows = self._norm(states, self.state_norm), self._norm(rows, self.token_norm)
-        inner = F.linear(torch.cat((states, rows), dim=1), self.inner)
-        gate, up = inner[:, : self.hidden], inner[:, self.hidden : 2 * self.hidden]
-        skip = inner[:, 2 * self.hidden :]
-        states = (skip + F.linear(F.silu(gate) * up, self.outer)).float()
-        return states, F.linear(self._norm(states, self.out_norm), self.head).float()
+        """States ``[N, S, H]`` and the tokens ``[N, S]`` after them, ``depth`` behind the starts;
+        next states, and logits ``[N, S, V]``."""
+        rows = embedding(tokens.flatten(), self.target.embedding).view_as(states)
+        x = F.linear(self._norm(states, self.state_norm), self.from_state)
+        x = x + F.linear(self._norm(rows, self.token_norm), self.from_token)
+        x = self.scale * x.float()
+        x = x + self._attention(x, depth, seen)
+        gate, up = F.linear(self._norm(x, self.mlp_norm), self.gate_up).chunk(2, dim=-1)
+        x = x + F.linear(F.silu(gate) * up, self.down)
+        return x.float(), F.linear(self._norm(x.float(), self.out_norm), self.head).float()
+
+    def _attention(self, x: torch.Tensor, depth: int, seen: Seen) -> torch.Tensor:
+        target = self.target
+        queries, keys, dim = target.num_heads, target.num_kv_heads, target.head_dim
+        heads = F.linear(self._norm(x, self.attention_norm), self.qkv)
+        heads = split(heads, 2, -1, dim)
+        q, k, v = torch.split(heads, [queries, keys, keys], dim=2)
+        at = (seen.positions + depth).clamp(max=len(target.cos) - 1)  # only padding is beyond
+        q, k = (self._rotated(part, at) for part in (q, k))
+        q = split(q, 2, keys, -1) * target.attention_scale  # [N, S, Hkv, G, head_dim]
+        seen.own.append((k.unsqueeze(3), v.unsqueeze(3)))
+        scores = torch.einsum("nskgd,nlkd->nskgl", q, seen.keys).float()
+        scores = scores.masked_fill(seen.hides, -torch.inf)
+        own = [(q * each).sum(dim=-1, keepdim=True).float() for each, _ in seen.own]
+        weights = torch.cat((scores, *own), dim=-1).softmax(dim=-1)
+        length = scores.shape[-1]
+        out = torch.einsum("nskgl,nlkd->nskgd", weights[..., :length], seen.values)
+        for number, (_, value) in enumerate(seen.own):
+            out = out + weights[..., length + number, None] * value
+        return F.linear(out.flatten(2), self.out)
+
+    def _rotated(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        cos, sin = (table[positions].unsqueeze(2) for table in (self.target.cos, self.target.sin))
+        first, second = heads.float().chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(dim=1, keepdim=True) + self.eps) * weight
+        eps = self.target.norm_eps
+        return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps) * weight
+
+    def teacher(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the target says after these hidden rows, ``[..., V]`` logits."""
+        return F.linear(self._norm(hidden.float(), self.target.norm), self.head).float()
 
     def weights(self) -> HeadWeights:
         named = {name: getattr(self, name).detach() for name in NAMES if name != "vocabulary"}
+        for name in ("from_state", "from_token"):
+            named[name] = named[name] * self.scale
         return HeadWeights(**named, vocabulary=self.vocabulary)
 
 
-def _steps(net: HeadNet, data: Positions, at: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Logits and labels of each position of the drafts that begin at rows ``at``."""
-    states = data.hidden[at].float()
-    for depth in range(1, DEPTH + 1):
-        tokens = data.tokens[at + depth]
-        states, logits = net(states, embedding(tokens, net.embedding))
-        yield logits, data.best[at + depth]
+def _dense(matrix: PackedMatrix, order: torch.Tensor | None = None) -> torch.Tensor:
+    """The weights of a packed matrix; with the ``order`` of its rows taken back."""
+    dense = linear(torch.eye(matrix.inputs), matrix).T.contiguous()
+    if order is None:
+        return dense
+    found = dense.new_empty(int(order.max()) + 1, matrix.inputs)
+    found[order[order >= 0]] = dense[order >= 0]
+    return found
+
+
+class Seen:
+    """What the drafts of a batch attend to: the target's keys up to their start, and their own."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.positions = batch.positions
+        self.keys, self.values = batch.keys.float(), batch.values.float()
+        later = torch.arange(self.keys.shape[1]) > batch.positions.unsqueeze(2)
+        self.hides = later[:, :, None, None, :]  # [N, S, 1, 1, L]
+        self.own: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+
+def loss_of(net: HeadNet, batch: Batch) -> torch.Tensor:
+    """What the head says against what the target says: half its likelihoods, half its choice."""
+    num_starts = batch.positions.shape[1]
+    with torch.no_grad():
+        likely = net.teacher(batch.hidden).softmax(dim=-1)
+    total = torch.zeros(())
+    for depth, logits in net.steps(batch):
+        told = logits[batch.real].log_softmax(dim=-1)
+        wanted = likely[:, depth : depth + num_starts][batch.real]
+        labels = net.label_of[batch.best[:, depth : depth + num_starts][batch.real]]
+        soft = -(wanted * told).sum(dim=-1).mean()
+        hard = F.nll_loss(told, labels, ignore_index=-100)
+        total = total + FADE ** (depth - 1) * (soft + hard) / 2
+    return total
 
 
 def learn(
     net: HeadNet,
-    data: Positions,
+    texts: Sequence[Text],
     settings: TrainingSettings,
     progress: ProgressSink,
     clock: Callable[[], float] = time.monotonic,
@@ -283,22 +443,25 @@ def learn(
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
     )
-    began = clock()
     order = torch.Generator().manual_seed(settings.seed)
+    endless = (
+        batch
+        for _ in count()
+        for batch in batches(texts, torch.randperm(len(texts), generator=order).tolist())
+    )
+    began = clock()
     with progress.begin("learning (seconds)", round(settings.seconds)):
         shown = 0.0
-        while (took := clock() - began) < settings.seconds:
+        for batch in endless:
+            if (took := clock() - began) >= settings.seconds:
+                break
             progress.advance(round(took) - round(shown))
             shown = took
             share = took / settings.seconds
             for group in optimizer.param_groups:  # a short rise, then down to a fiftieth
                 group["lr"] = settings.learning_rate * min(share / 0.02, 1.02 - share, 1.0)
-            at = data.starts[torch.randint(len(data.starts), (BATCH_ROWS,), generator=order)]
-            loss = torch.zeros(())
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                for depth, (logits, best) in enumerate(_steps(net, data, at)):
-                    labels = net.label_of[best]
-                    loss = loss + FADE**depth * F.cross_entropy(logits, labels)
+                loss = loss_of(net, batch)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -306,19 +469,21 @@ def learn(
 
 
 @torch.no_grad()
-def measure(net: HeadNet, data: Positions) -> Report:
+def measure(net: HeadNet, texts: Sequence[Text]) -> Report:
     """How often the head says what the model says, each draft fed with the text's own tokens."""
-    right = torch.zeros(DEPTH, dtype=torch.int64)
-    tried = torch.zeros(DEPTH, dtype=torch.int64)
-    for first in range(0, len(data.starts), BATCH_ROWS):
-        at = data.starts[first : first + BATCH_ROWS]
-        alive = torch.ones(len(at), dtype=torch.bool)
-        for depth, (logits, best) in enumerate(_steps(net, data, at)):
-            tried[depth] += alive.sum()
-            alive &= net.vocabulary[logits.argmax(dim=1)] == best
-            right[depth] += alive.sum()
-    shares = (right / tried.clamp(min=1)).tolist()
-    return Report(tuple(shares), len(data.starts))
+    right, tried = [0] * DEPTH, [0] * DEPTH
+    num_positions = 0
+    for batch in batches(texts, range(len(texts))):
+        num_starts = batch.positions.shape[1]
+        alive = batch.real.clone()
+        num_positions += int(alive.sum())
+        for depth, logits in net.steps(batch):
+            best = batch.best[:, depth : depth + num_starts]
+            tried[depth - 1] += int(alive.sum())
+            alive &= net.vocabulary[logits.argmax(dim=-1)] == best
+            right[depth - 1] += int(alive.sum())
+    shares = (r / max(t, 1) for r, t in zip(right, tried, strict=True))
+    return Report(tuple(shares), num_positions)
 
 
 def save_head(weights: HeadWeights, path: Path, model: str) -> None:

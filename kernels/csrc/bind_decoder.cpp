@@ -109,9 +109,10 @@ public:
         : owner_(weights), shape_(shape_of(weights)), weights_(weights_of(weights)),
           decoder_(shape_, weights_) {}
 
-    void forward(Array token_ids, Array positions, Array query_starts, Array page_tables, Array kv,
-                 const std::string& kv_dtype, int64_t page_size, Array logit_rows,
-                 std::optional<Array> logits, Array best_ids, std::optional<Array> hidden,
+    void forward(Array token_ids, std::optional<Array> states, Array positions, Array query_starts,
+                 Array page_tables, Array kv, const std::string& kv_dtype, int64_t page_size,
+                 Array logit_rows, std::optional<Array> logits, Array best_ids,
+                 std::optional<Array> hidden,
                  std::optional<Array> layers_done, int64_t mark_every, int progress_event) {
         const int64_t rows = size(token_ids, "token_ids", 1, 0);
         const int64_t sequences = size(page_tables, "page_tables", 2, 0);
@@ -123,8 +124,12 @@ public:
                      data<int32_t>(page_tables, "page_tables", {sequences, max_pages}),
                      rows, sequences, max_pages};
         step.token_ids = data<int64_t>(token_ids, "token_ids", {rows});
-        step.pages = pages_of(kv, 0, kv_dtype, page_size, shape_.head_dim);
-        if (step.pages.kv_heads != shape_.kv_heads || kv.shape(1) != weights_.layers.size())
+        if (states.has_value() != goes_on_) refuse("states", "be given if the weights go on from some");
+        if (states) step.states = data<float>(*states, "states", {rows, shape_.width});
+        step.pages = pages_of(kv, weights_.first_layer, kv_dtype, page_size, shape_.head_dim);
+        const int64_t layers = weights_.first_layer + int64_t(weights_.layers.size());
+        const int64_t found = kv.shape(1);
+        if (step.pages.kv_heads != shape_.kv_heads || (goes_on_ ? found < layers : found != layers))
             refuse("kv", "have the model's layers and KV heads");
         step.layer_bytes = step.pages.kv_heads * step.pages.head_bytes;
         step.num_pages = kv.shape(0);
@@ -183,6 +188,15 @@ private:
         const auto& head = nb::cast<const HeldMatrix&>(w.attr("head")).matrix;
         out.head = matrix_of(w, "head", head.outputs, shape_.width);
         for (nb::handle layer : w.attr("layers")) out.layers.push_back(layer_of(layer));
+        goes_on_ = !w.attr("states").is_none();
+        if (goes_on_) {
+            const nb::object states = w.attr("states");
+            out.from_state = matrix_of(states, "from_state", shape_.width, shape_.width);
+            out.from_token = matrix_of(states, "from_token", shape_.width, shape_.width);
+            out.state_norm = vector_of(states, "state_norm", shape_.width);
+            out.token_norm = vector_of(states, "token_norm", shape_.width);
+            out.first_layer = nb::cast<int64_t>(states.attr("first_layer"));
+        }
         return out;
     }
 
@@ -215,6 +229,7 @@ private:
 
     nb::object owner_;
     int64_t max_positions_ = 0;
+    bool goes_on_ = false;
     DecoderShape shape_;
     DecoderWeights weights_;
     Decoder decoder_;
@@ -232,7 +247,7 @@ void bind_decoder(nb::module_& m) {
     m.def("embedding", embedding, "token_ids"_a, "table"_a, "out"_a);
     nb::class_<HeldDecoder>(m, "Decoder")
         .def(nb::init<nb::object>(), "weights"_a)
-        .def("forward", &HeldDecoder::forward, "token_ids"_a, "positions"_a, "query_starts"_a,
+        .def("forward", &HeldDecoder::forward, "token_ids"_a, "states"_a.none(), "positions"_a, "query_starts"_a,
              "page_tables"_a, "kv"_a, "kv_dtype"_a, "page_size"_a, "logit_rows"_a, "logits"_a.none(),
              "best_ids"_a, "hidden"_a = nb::none(), "layers_done"_a = nb::none(),
              "mark_every"_a = 1, "progress_event"_a = -1);

@@ -33,10 +33,7 @@ void Decoder::run(const DecoderStep& step) {
     plan(step);
     find_slots(step);
     phases_.clear();
-    const Matrix& table = weights_.embedding;
-    embedding_ = {table, step.token_ids, hidden_.of<float>(rows * shape_.width),
-                  scratch_.of<float>(rows * table.inputs), shape_.width};
-    add<&Kernels::embedding>(embedding_, rows);
+    add_first(step);
     for (size_t i = 0; i < layers_.size(); ++i) add_layer(step, int64_t(i));
     if (step.logit_rows > 0) add_head(step);
     ThreadPool::instance().run(phases_.data(), int64_t(phases_.size()));
@@ -75,6 +72,29 @@ void Decoder::find_slots(const DecoderStep& step) {
             slots_[row] = rows.page_tables[s * rows.max_pages + at / step.pages.page_size];
             offsets_[row] = at % step.pages.page_size;
         }
+}
+
+void Decoder::add_first(const DecoderStep& step) {
+    const DecoderWeights& w = weights_;
+    const int64_t rows = step.rows.rows;
+    float* hidden = hidden_.of<float>(rows * shape_.width);
+    embedding_ = {w.embedding, step.token_ids, hidden,
+                  scratch_.of<float>(rows * w.embedding.inputs), shape_.width};
+    add<&Kernels::embedding>(embedding_, rows);
+    if (!step.states) return;
+    token_in_ = {hidden, nullptr, w.token_norm, shape_.norm_eps, shape_.width,
+                 token_inputs_.of(w.from_token, rows)};
+    add<&Kernels::pack_rows>(token_in_, pack_units(token_in_));
+    state_in_ = {step.states, nullptr, w.state_norm, shape_.norm_eps, shape_.width,
+                 state_inputs_.of(w.from_state, rows)};
+    add<&Kernels::pack_rows>(state_in_, pack_units(state_in_));
+    const int64_t row_units = ceil_div(rows, kUnitRows);
+    from_token_ = {w.from_token, token_in_.out, nullptr, hidden, false, rows, shape_.width,
+                   kUnitRows, 1};
+    add<&Kernels::linear>(from_token_, row_units * w.from_token.tiles);
+    from_state_ = {w.from_state, state_in_.out, nullptr, hidden, true, rows, shape_.width,
+                   kUnitRows, 1};
+    add<&Kernels::linear>(from_state_, row_units * w.from_state.tiles);
 }
 
 void Decoder::add_layer(const DecoderStep& step, int64_t index) {

@@ -27,6 +27,11 @@ struct DecoderWeights {
     Matrix embedding, head;
     std::vector<DecoderLayer> layers;
     const float *norm, *cos, *sin;
+    // Of one that goes on from hidden rows, else without outputs: a row begins as the sum of what
+    // these make of the hidden row of the token before it and of its token's embedding.
+    Matrix from_state, from_token;
+    const float *state_norm, *token_norm;
+    int64_t first_layer;  // the pages' layer that is layer 0 of these
 };
 
 // Who is told how far a step is: once the keys and values of every `every` layers are in the pages,
@@ -41,6 +46,7 @@ struct Progress {
 struct DecoderStep {
     RaggedRows rows;
     const int64_t* token_ids;
+    const float* states;  // [rows, width], or null
     Pages pages;
     int64_t layer_bytes, num_pages;
     int64_t logit_rows;
@@ -80,6 +86,7 @@ private:
     void plan(const DecoderStep& step);
     const AttentionPlan& plan_of(int64_t window) const;
     void find_slots(const DecoderStep& step);
+    void add_first(const DecoderStep& step);
     void add_layer(const DecoderStep& step, int64_t index);
     static void tell(const Mark& mark, int64_t unit);
     void add_mark(const DecoderStep& step, int64_t index);
@@ -93,12 +100,14 @@ private:
     const DecoderWeights weights_;
     std::vector<Layer> layers_;
     Embedding embedding_;
-    PackRows head_in_;
+    PackRows state_in_, token_in_, head_in_;
+    Linear from_state_, from_token_;
     Head head_;
     std::vector<Phase> phases_;
     std::vector<std::pair<int64_t, AttentionPlan>> plans_;  // by window
     std::vector<int64_t> slots_, offsets_;
     Buffer hidden_, q_, attended_, partials_, scratch_, best_, best_ids_;
+    InputBuffer state_inputs_, token_inputs_;
     InputBuffer attention_inputs_, out_inputs_, mlp_inputs_, down_inputs_, head_inputs_;
 };
 

@@ -60,6 +60,22 @@ class DecoderLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class StateInputs:
+    """Of a decoder that goes on from another's hidden rows, in that one's pages.
+
+    A row begins as ``from_state norm(hidden row of the token before it) + from_token
+    norm(embedding)``, as in EAGLE (Li et al., 2024, arXiv:2401.15077); its layers are the pages'
+    from ``first_layer`` on.
+    """
+
+    state_norm: torch.Tensor  # [H]
+    token_norm: torch.Tensor  # [H]
+    from_state: PackedMatrix  # [H, H]
+    from_token: PackedMatrix  # [H, H]
+    first_layer: int
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderWeights:
     """One model's weights in the form its steps read."""
 
@@ -74,6 +90,7 @@ class DecoderWeights:
     head: PackedMatrix  # [V, H], the embedding itself if tied
     cos: torch.Tensor  # [max positions, head_dim / 2], of kernels.rope.rope_tables
     sin: torch.Tensor
+    states: StateInputs | None = None
 
     @property
     def width(self) -> int:
@@ -94,7 +111,8 @@ class Decoder(Protocol):
 
         If the batch says ``best_only``, ``kernels.ragged.best_ids`` of them instead.
 
-        ``kv`` is ``kernels.layout.kv_view`` of the pool. Raises ``ValueError`` naming what is out
+        ``kv`` is ``kernels.layout.kv_view`` of the pool. The batch has ``states`` exactly if the
+        weights have. Raises ``ValueError`` naming what is out
         of range, before anything is written.
         """
         ...

@@ -23,6 +23,7 @@ class NativeDecoder:
         self._vocab_size = weights.head.outputs
         native = _native_form(weights)
         native.layers = [_native_form(layer) for layer in weights.layers]
+        native.states = None if weights.states is None else _native_form(weights.states)
         native.width = weights.width
         self._decoder = _native.Decoder(native)
 
@@ -34,6 +35,7 @@ class NativeDecoder:
         best = torch.empty(len(batch.logit_rows), dtype=torch.int32)
         self._decoder.forward(
             batch.token_ids,
+            batch.states,
             batch.positions,
             batch.query_starts,
             batch.page_tables,

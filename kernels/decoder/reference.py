@@ -24,8 +24,9 @@ class ReferenceDecoder:
 
     def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
         weights, step = self._weights, _Step(batch, kv, layout)
-        hidden = embedding(batch.token_ids, weights.embedding)  # [T, H]
-        for index, layer in enumerate(weights.layers):
+        hidden = self._first(batch)  # [T, H]
+        first_layer = 0 if weights.states is None else weights.states.first_layer
+        for index, layer in enumerate(weights.layers, first_layer):
             hidden = hidden + self._attention(index, layer, hidden, step)
             hidden = hidden + self._mlp(layer, hidden)
         rows = hidden[batch.logit_rows]
@@ -34,6 +35,16 @@ class ReferenceDecoder:
         rows = rms_norm(rows, weights.norm, weights.norm_eps)
         logits = linear(rows, weights.head)
         return best_ids(logits) if batch.best_only else logits
+
+    def _first(self, batch: RaggedBatch) -> torch.Tensor:
+        rows = embedding(batch.token_ids, self._weights.embedding)
+        states, eps = self._weights.states, self._weights.norm_eps
+        if (states is None) != (batch.states is None):
+            raise ValueError("states must be given if the weights go on from some")
+        if states is None or batch.states is None:
+            return rows
+        token = linear(rms_norm(rows, states.token_norm, eps), states.from_token)
+        return token + linear(rms_norm(batch.states, states.state_norm, eps), states.from_state)
 
     def _attention(
         self, index: int, layer: DecoderLayer, hidden: torch.Tensor, step: _Step

@@ -25,7 +25,7 @@ from kernels.ragged import RaggedBatch, row_slots
 from kernels.sample.rule import Rule
 from tests.kernels.guard_pages import Memory
 from tests.kernels.matrices import blocks
-from tests.kernels.test_decoder import FEATURES, PACKERS, VOCABULARY, make
+from tests.kernels.test_decoder import FEATURES, PACKERS, VOCABULARY, going_on, make
 from tests.kernels.test_sample import OFF, rule_from
 
 ROWS = range(1, 14)
@@ -184,7 +184,8 @@ def weights_of(mode: str, size: int, positions: int) -> DecoderWeights:
 def decoder(
     memory: Memory, mode: str, size: int, kv_dtype: str, page_size: int, rows: int
 ) -> list[torch.Tensor]:
-    """A step of all but ``rows`` tokens, then one of these, to the last slot of the pool."""
+    """A step of all but ``rows`` tokens, then one of these, to the last slot of the pool; then one
+    of a decoder that goes on from hidden rows."""
     end = page_size
     weights = placed(memory, weights_of(mode, size, end))
     layout = PageLayout(
@@ -203,6 +204,7 @@ def decoder(
         batch = placed(memory, batch)
         native.forward(
             batch.token_ids,
+            None,
             batch.positions,
             batch.query_starts,
             batch.page_tables,
@@ -214,6 +216,27 @@ def decoder(
             best,
         )
         written += [best] if logits is None else [best, logits]
+    if mode in ("fp32", "int8"):
+        onwards = native_decoder(
+            placed(memory, going_on(mode, weights_of(mode, size, end)))
+        )._decoder
+        best, hidden = memory.room(2, dtype=torch.int32), memory.room(2, weights.width)
+        batch = placed(memory, two_sequences(end, 1, page_size))
+        onwards.forward(
+            batch.token_ids,
+            memory.put(torch.randn(2, weights.width)),
+            batch.positions,
+            batch.query_starts,
+            batch.page_tables,
+            kv,
+            kv_dtype,
+            page_size,
+            batch.logit_rows,
+            None,
+            best,
+            hidden,
+        )
+        written += [best, hidden]
     return written
 
 

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from kernels import _native, threads
-from kernels.decoder import DecoderLayer, DecoderWeights, decoder, gate_up_rows, qkv_rows
+from kernels.decoder import (
+    DecoderLayer,
+    DecoderWeights,
+    StateInputs,
+    decoder,
+    gate_up_rows,
+    qkv_rows,
+)
 from kernels.decoder.cpu_kernel import decoder as native_decoder
 from kernels.decoder.reference import decoder as reference_decoder
 from kernels.layout import PageLayout
@@ -271,6 +278,95 @@ def test_hidden_rows_are_those_the_head_is_given(made):
     assert same_bits(logits, plain)
     again = linear(rms_norm(hidden, weights.norm, weights.norm_eps), weights.head)
     torch.testing.assert_close(again, logits)
+
+
+def going_on(mode, weights):
+    """A decoder of one layer that goes on from the hidden rows of ``weights``, in its last layer's
+    place."""
+    width, generator = weights.width, torch.Generator().manual_seed(4)
+    square = [torch.randn(width, width, generator=generator) * width**-0.5 for _ in range(2)]
+    states = StateInputs(
+        state_norm=weights.layers[0].mlp_norm,
+        token_norm=weights.layers[0].attention_norm,
+        from_state=PACKERS[mode](square[0]),
+        from_token=PACKERS[mode](square[1]),
+        first_layer=len(weights.layers) - 1,
+    )
+    return replace(weights, layers=weights.layers[:1], states=states)
+
+
+def goes_on(made, mode, kv, names):
+    """Logits and hidden rows of those of three sequences that ``names`` says, one row after the
+    keys of the whole decoder and the one after it; and the pages at the end."""
+    weights = make(mode)
+    first, second = Runnable(made, weights, kv), made(going_on(mode, weights))
+    run = PagedRun(first, 3, 48)
+    run.step({number: TOKENS[: 20 + 5 * number] for number in range(3)}, [0])
+    kv_pages = run.memory.view(
+        len(run.memory), run.layout.num_layers, run.layout.num_kv_heads, run.layout.head_bytes
+    )
+    states = torch.randn(3, weights.width, generator=torch.Generator().manual_seed(6))[names]
+    found = []
+    for _ in range(2):
+        rows = [
+            Rows([TOKENS[50 + number]], run.lengths[number], run.pages[number]) for number in names
+        ]
+        hidden = torch.empty(len(names), weights.width)
+        batch = replace(ragged(rows, range(len(names))), states=states, hidden=hidden)
+        found += [second.forward(batch, kv_pages, run.layout), hidden]
+        states = hidden
+        for number in names:
+            run.lengths[number] += 1
+    return found, run.memory
+
+
+@pytest.mark.parametrize("kv", ["fp32", "int8"])
+@pytest.mark.parametrize("mode", ["fp32", "int8"])
+def test_a_decoder_that_goes_on_from_hidden_rows_computes_what_the_ops_compute(mode, kv):
+    (ours, _), (theirs, _) = (
+        goes_on(made, mode, kv, [0, 1, 2]) for made in (native_decoder, reference_decoder)
+    )
+    for each, wanted in zip(ours, theirs, strict=True):
+        exact = mode == kv == "fp32"
+        assert (each - wanted).abs().mean() <= wanted.std() * (1e-5 if exact else 0.02)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "int8"])
+def test_a_row_that_goes_on_has_the_same_bits_in_any_company(mode):
+    together, _ = goes_on(native_decoder, mode, "bf16", [0, 1, 2])
+    for number in range(3):
+        alone, _ = goes_on(native_decoder, mode, "bf16", [number])
+        assert all(map(same_bits, alone, [each[[number]] for each in together]))
+
+
+def test_a_decoder_that_goes_on_writes_behind_the_keys_of_its_layer_only():
+    weights = make("int8")
+    _, pages = goes_on(native_decoder, "int8", "bf16", [0])
+    run = PagedRun(Runnable(native_decoder, weights, "bf16"), 3, 48)
+    run.step({number: TOKENS[: 20 + 5 * number] for number in range(3)}, [0])
+    layout = run.layout
+    shape = (layout.num_layers, layout.num_kv_heads, layout.head_bytes)
+    changed = (pages.view(-1, *shape) != run.memory.view(-1, *shape)).any(dim=3).any(dim=2)
+    page = run.pages[0][20 // layout.page_size]
+    assert changed.nonzero().tolist() == [[page, layout.num_layers - 1]]
+
+
+@pytest.mark.parametrize("made", [native_decoder, reference_decoder])
+def test_states_are_given_to_decoders_that_go_on_and_to_no_others(made):
+    weights = make("int8")
+    batch, kv, layout = step_arguments(weights)
+    with pytest.raises(ValueError, match=r"^states must"):
+        made(going_on("int8", weights)).forward(batch, kv, layout)
+    states = torch.zeros(batch.num_rows, weights.width)
+    with pytest.raises(ValueError, match=r"^states must"):
+        made(weights).forward(replace(batch, states=states), kv, layout)
+
+
+def test_states_of_another_shape_are_refused_by_name():
+    weights = make("int8")
+    batch, kv, layout = step_arguments(weights, states=torch.zeros(2, weights.width))
+    with pytest.raises(ValueError, match=r"^states must have shape"):
+        native_decoder(going_on("int8", weights)).forward(batch, kv, layout)
 
 
 @pytest.mark.parametrize("made", [native_decoder, reference_decoder])
