@@ -5,6 +5,7 @@
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from torch import Tensor
 from kernels.sample.rule import Rule
 
 ISAS: list[str]
+
+Array = Tensor | NDArray[Any]
 
 class Matrix:
     """A packed matrix; keeps the memory it stands in."""
@@ -26,19 +29,19 @@ class Decoder:
     def __init__(self, weights: object) -> None: ...
     def forward(
         self,
-        token_ids: Tensor,
-        states: Tensor | None,
-        positions: Tensor,
-        query_starts: Tensor,
-        page_tables: Tensor,
-        kv: Tensor,
+        token_ids: Array,
+        states: Array | None,
+        positions: Array,
+        query_starts: Array,
+        page_tables: Array,
+        kv: Array,
         kv_dtype: str,
         page_size: int,
-        logit_rows: Tensor,
-        logits: Tensor | None,
-        best_ids: Tensor,
-        hidden: Tensor | None = None,
-        layers_done: Tensor | None = None,
+        logit_rows: Array,
+        logits: Array | None,
+        best_ids: Array,
+        hidden: Array | None = None,
+        layers_done: Array | None = None,
         mark_every: int = 1,
         progress_event: int = -1,
     ) -> None: ...

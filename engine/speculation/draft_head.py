@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import ModelError
@@ -39,6 +40,8 @@ from kernels.embedding import embedding
 from kernels.layout import PageLayout
 from kernels.packed_matrix import PackedMatrix, pack_rotated_int8
 from kernels.ragged import RaggedBatch
+
+Floats = NDArray[np.float32]
 
 FORMAT = "quire-draft-head-2"
 EXPECTED = 0.5
@@ -216,15 +219,17 @@ class DraftHead:
 
     def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:
         """Nothing for a sequence of which no step has told a hidden row yet."""
+        began = time.perf_counter()
         lengths = {name: min(number, self._room(name)) for name, number in most.items()}
         names = sorted(lengths, key=lambda name: -lengths[name])
         drafts: dict[str, list[int]] = {name: [] for name in names}
         rows = self.rows([name for name in names if lengths[name] > 0])
-        for depth in range(max(lengths.values(), default=0)):
-            began = time.perf_counter()
+        longest = max(lengths.values(), default=0)
+        for depth in range(longest):
             longer = [name for name in names if lengths[name] > depth]
             rows = self._forward(rows.first(len(longer)), drafts, longer)
-            took = time.perf_counter() - began
+        if longest:
+            took = (time.perf_counter() - began) / longest
             self.seconds_per_token += _STEP * (took - self.seconds_per_token)
         return {name: Draft(tuple(each), EXPECTED) for name, each in drafts.items()}
 
@@ -243,12 +248,15 @@ class DraftHead:
         table = np.full((len(names), max(map(len, tables), default=0)), -1, dtype=np.int32)
         for row, slots in zip(table, tables, strict=True):
             row[: len(slots)] = slots
-        states = [each.hidden for each in sequences if each.hidden is not None]
+        states = np.empty((len(names), self.hidden_width), dtype=np.float32)
+        for state, sequence in zip(states, sequences, strict=True):
+            assert sequence.hidden is not None
+            state[:] = sequence.hidden.numpy()
         return Rows(
-            tokens=torch.tensor([each.last_token for each in sequences], dtype=torch.int64),
-            states=torch.stack(states) if states else torch.empty(0, self.hidden_width),
-            positions=torch.tensor([each.num_tokens - 1 for each in sequences], dtype=torch.int64),
-            tables=torch.from_numpy(table),
+            tokens=np.array([each.last_token for each in sequences], dtype=np.int64),
+            states=states,
+            positions=np.array([each.num_tokens - 1 for each in sequences], dtype=np.int64),
+            tables=table,
         )
 
     def _forward(self, rows: Rows, drafts: dict[str, list[int]], names: list[str]) -> Rows:
@@ -267,21 +275,22 @@ class DraftHead:
         for name, token in zip(names, tokens, strict=True):
             drafts[name].append(token)
         # After what is no token nothing is used: whatever follows it may be drafted.
-        return Rows(torch.tensor(tokens).clamp_(min=0), states, rows.positions + 1, rows.tables)
+        following = np.maximum(np.array(tokens, dtype=np.int64), 0)
+        return Rows(following, states, rows.positions + 1, rows.tables)
 
-    def run(self, rows: Rows, best_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, rows: Rows, best_only: bool) -> tuple[torch.Tensor, Floats]:
         """What the decoder returns for these rows, and their states ``[B, H]``."""
-        states = torch.empty_like(rows.states)
+        states = np.empty_like(rows.states)
         batch = rows.batch(best_only, states)
         return self._decoder.forward(batch, self._pages.kv, self._pages.layout), states
 
     def _measured(self) -> float:
         """Seconds of a step of one row, the best of a few; writes into the pool's first page."""
         row = Rows(
-            torch.zeros(1, dtype=torch.int64),
-            torch.ones(1, self.hidden_width),
-            torch.zeros(1, dtype=torch.int64),
-            torch.zeros(1, 1, dtype=torch.int32),
+            np.zeros(1, dtype=np.int64),
+            np.ones((1, self.hidden_width), dtype=np.float32),
+            np.zeros(1, dtype=np.int64),
+            np.zeros((1, 1), dtype=np.int32),
         )
         times = []
         for _ in range(_TRIES):
@@ -293,28 +302,33 @@ class DraftHead:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A row of each sequence: its last token, its predecessor's state, where it stands."""
+    """A row of each sequence: its last token, its predecessor's state, where it stands. In numpy,
+    whose small operations take less than torch's."""
 
-    tokens: torch.Tensor  # [B]
-    states: torch.Tensor  # [B, H]
-    positions: torch.Tensor  # [B]
-    tables: torch.Tensor  # [B, pages]
+    tokens: NDArray[np.int64]  # [B]
+    states: Floats  # [B, H]
+    positions: NDArray[np.int64]  # [B]
+    tables: NDArray[np.int32]  # [B, pages]
 
     def first(self, number: int) -> Rows:
         if number == len(self.tokens):
             return self
-        parts = (self.tokens, self.states, self.positions, self.tables)
-        return Rows(*(part[:number] for part in parts))
+        return Rows(
+            self.tokens[:number],
+            self.states[:number],
+            self.positions[:number],
+            self.tables[:number],
+        )
 
-    def batch(self, best_only: bool, hidden: torch.Tensor) -> RaggedBatch:
-        number = len(self.tokens)
+    def batch(self, best_only: bool, hidden: Floats) -> RaggedBatch:
+        starts = np.arange(len(self.tokens) + 1)
         return RaggedBatch(
-            token_ids=self.tokens,
-            positions=self.positions,
-            query_starts=torch.arange(number + 1),
-            page_tables=self.tables,
-            logit_rows=torch.arange(number),
+            token_ids=torch.from_numpy(self.tokens),
+            positions=torch.from_numpy(self.positions),
+            query_starts=torch.from_numpy(starts),
+            page_tables=torch.from_numpy(self.tables),
+            logit_rows=torch.from_numpy(starts[:-1]),
             best_only=best_only,
-            hidden=hidden,
-            states=self.states,
+            hidden=torch.from_numpy(hidden),
+            states=torch.from_numpy(self.states),
         )

@@ -38,8 +38,8 @@ inline void* address(const Array& a, const char* name, std::initializer_list<int
     bool equal = a.ndim() == shape.size();
     for (size_t i = 0; equal && i < shape.size(); ++i) equal = a.shape(i) == *(shape.begin() + i);
     if (!equal) refuse(name, "have shape " + text(shape));
-    int64_t stride = 1;
-    for (size_t i = a.ndim(); i-- > 0; stride *= a.shape(i))
+    int64_t stride = 1;  // of arrays without elements, strides are anything
+    for (size_t i = a.ndim(); i-- > 0 && a.size() > 0; stride *= a.shape(i))
         if (a.shape(i) > 1 && a.stride(i) != stride) refuse(name, "be contiguous");
     return a.data();
 }

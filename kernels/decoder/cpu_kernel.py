@@ -33,19 +33,20 @@ class NativeDecoder:
         if not batch.best_only:
             logits = torch.empty(len(batch.logit_rows), self._vocab_size)
         best = torch.empty(len(batch.logit_rows), dtype=torch.int32)
+        # As numpy arrays: their memory is asked for without a detour through Python (DLPack).
         self._decoder.forward(
-            batch.token_ids,
-            batch.states,
-            batch.positions,
-            batch.query_starts,
-            batch.page_tables,
-            kv,
+            batch.token_ids.numpy(),
+            None if batch.states is None else batch.states.numpy(),
+            batch.positions.numpy(),
+            batch.query_starts.numpy(),
+            batch.page_tables.numpy(),
+            kv.numpy(),
             layout.kv_dtype,
             layout.page_size,
-            batch.logit_rows,
-            logits,
-            best,
-            batch.hidden,
+            batch.logit_rows.numpy(),
+            None if logits is None else logits.numpy(),
+            best.numpy(),
+            None if batch.hidden is None else batch.hidden.numpy(),
             *_told(batch.progress),
         )
         return best if logits is None else logits

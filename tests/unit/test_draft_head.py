@@ -136,7 +136,7 @@ def test_a_head_drafts_as_it_was_taught(tiny: LoadedModel, memory: PageMemory) -
             assert error.mean() < 0.1 * logits[text, start].std()  # 8 bits against 32
             rows = replace(
                 rows,
-                tokens=whole[end + depth : end + depth + 1],
+                tokens=whole[end + depth : end + depth + 1].numpy(),
                 states=state,
                 positions=rows.positions + 1,
             )

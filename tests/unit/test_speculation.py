@@ -227,10 +227,20 @@ def test_times_follow_the_steps() -> None:
     for _ in range(200):
         times.learn(1, 3.0)
     assert times.seconds(1) == pytest.approx(3.0, rel=0.01)
-    assert times.seconds(4) == pytest.approx(4.0, rel=0.01)
+    assert times.seconds(4) == pytest.approx(4.0, rel=0.1)
     for _ in range(200):
         times.learn(1, 0.0)
     assert times.seconds(1) > 0
+
+
+def test_steps_that_take_longer_between_drafts_are_known_as_such() -> None:
+    times = StepTimes({1: 1.0, 2: 1.1, 4: 1.4})
+    for _ in range(2000):
+        times.learn(1, 1.0)
+        times.learn(2, 1.8)
+    assert times.seconds(1) == pytest.approx(1.0, rel=0.02)
+    assert times.seconds(2) == pytest.approx(1.8, rel=0.02)
+    assert times.seconds(4) >= 1.8 * 0.98
 
 
 def test_a_rate_begins_at_the_proposers_word_and_learns() -> None:
