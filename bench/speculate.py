@@ -30,6 +30,7 @@ from engine.modes import SPECULATION_MODES
 from engine.prompts import encode_prompt
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerLimits
+from engine.speculation.loading import packaged_head
 
 PROMPTS = Path(__file__).with_name("prompts")
 TEXTS = ("chat", "summary", "code", "story")
@@ -45,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--proposers",
         type=names,
         metavar=",".join(SPECULATION_MODES[1:]),
-        help="default all, head only with --draft",
+        help="default all; head only where one is named or packaged",
     )
-    parser.add_argument("--draft", default="", help="the head's file")
+    parser.add_argument("--draft", default="", help="the head's file (the packaged one)")
     parser.add_argument("--texts", type=names, default=TEXTS, metavar=",".join(TEXTS))
     parser.add_argument("--tokens", type=count, default=128, help="generated from each prompt")
     parser.set_defaults(repeat=5)
@@ -75,7 +76,7 @@ async def bench_model(
 ) -> list[Row]:
     """A row for each proposer and text."""
     rows = []
-    proposers = options.proposers or proposers_of(options.draft)
+    proposers = options.proposers or proposers_of(loaded, options.draft)
     async with AsyncExitStack() as stack:
         engines = {
             name: await stack.enter_async_context(engine_of(loaded, name, batch, options))
@@ -98,9 +99,10 @@ async def bench_model(
     return rows
 
 
-def proposers_of(draft: str) -> tuple[str, ...]:
-    """All there are; a head only where one is named."""
-    return tuple(mode for mode in SPECULATION_MODES[1:] if mode != "head" or draft)
+def proposers_of(loaded: LoadedModel, draft: str) -> tuple[str, ...]:
+    """All there are; a head only where one is named or packaged."""
+    has_head = bool(draft) or packaged_head(loaded.model.spec.digest) is not None
+    return tuple(mode for mode in SPECULATION_MODES[1:] if mode != "head" or has_head)
 
 
 def engine_of(

@@ -60,7 +60,9 @@ class DecodeSettings(WorkerSettings):
         choices=SPECULATION_MODES,
     )
     draft: str = setting(
-        "", help="name or path of the model that guesses (the served one without), or of the head"
+        "",
+        help="name or path of the model that guesses (the served one without), or of the head "
+        "(the packaged one without)",
     )
     draft_weights: str = setting(
         DEFAULT_DRAFT_WEIGHTS, help="how its weights are kept", choices=WEIGHT_MODES

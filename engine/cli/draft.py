@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     if not isinstance(loaded.model, LlamaModel):
         raise InvalidRequest("--model", f"{options.model} has no hidden rows", "a real model")
     head, report = asyncio.run(train(loaded, settings, progress))
-    save_head(head, options.out, loaded.model.spec.name)
+    save_head(head, options.out, loaded.model.spec.digest)
     accepted = " ".join(f"{share:.3f}" for share in report.accepted)
     print(
         f"right at positions 1 to {len(report.accepted)} of a draft, where those before it are: "

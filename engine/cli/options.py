@@ -69,7 +69,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         choices=SPECULATION_MODES,
         help="guess tokens and verify them; it changes none",
     )
-    parser.add_argument("--draft", help="model (default: the same one) or head that drafts")
+    parser.add_argument(
+        "--draft", help="model (default: the same one) or head (default: the packaged) that drafts"
+    )
     parser.add_argument("--draft-weights", choices=WEIGHT_MODES, help="its weights")
 
 

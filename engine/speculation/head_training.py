@@ -486,7 +486,7 @@ def measure(net: HeadNet, texts: Sequence[Text]) -> Report:
     return Report(tuple(shares), num_positions)
 
 
-def save_head(weights: HeadWeights, path: Path, model: str) -> None:
+def save_head(weights: HeadWeights, path: Path, model_digest: str) -> None:
     """Matrices in bf16."""
     tensors: Mapping[str, torch.Tensor] = {
         name: tensor.to(torch.bfloat16) if tensor.dim() == 2 else tensor
@@ -494,4 +494,6 @@ def save_head(weights: HeadWeights, path: Path, model: str) -> None:
         for tensor in (getattr(weights, name),)
     }
     vocabulary = weights.vocabulary.to(torch.int32)
-    save_file({**tensors, "vocabulary": vocabulary}, path, {"format": FORMAT, "model": model})
+    save_file(
+        {**tensors, "vocabulary": vocabulary}, path, {"format": FORMAT, "model": model_digest}
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import safe_open
+
 from engine.errors import ModelError
 from engine.model import Model
 from engine.model.load import LoadedModel, load_draft
@@ -12,6 +14,9 @@ from engine.progress import ProgressSink
 from engine.speculation.draft_head import HeadWeights, read_head
 
 Drafter = Model | HeadWeights
+
+HEADS = Path(__file__).with_name("heads")
+"""The heads that come with the package; each says of which model it was made."""
 
 
 def load_drafter(
@@ -22,12 +27,24 @@ def load_drafter(
     progress: ProgressSink | None = None,
 ) -> Drafter | None:
     """None where the mode drafts without. ``draft`` is the name or path of a model ("model";
-    without one it is the target itself in other ``weights``) or the path of a head ("head").
-    Raises ModelError."""
+    without one it is the target itself in other ``weights``) or the path of a head ("head";
+    without one it is what comes with the package for the target). Raises ModelError."""
     if mode == "model":
         return load_draft(target, draft, weights, progress)
     if mode != "head":
         return None
-    if not draft:
-        raise ModelError("no draft head is named; `quire draft train` makes one for --draft")
-    return read_head(Path(draft))
+    path = Path(draft) if draft else packaged_head(target.model.spec.digest)
+    if path is None:
+        raise ModelError(
+            f"no draft head comes with {target.name}; `quire draft train` makes one for --draft"
+        )
+    return read_head(path)
+
+
+def packaged_head(model_digest: str) -> Path | None:
+    """The head that was made of the model with this digest."""
+    for path in sorted(HEADS.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("model") == model_digest:
+                return path
+    return None
