@@ -44,6 +44,8 @@ class TextStream:
         Without ``may_stop`` a stop string that this piece completes is ordinary text for good.
         """
         assert self.matched is None, "the text has ended"
+        if not self._stops:
+            return self._decoder.decode(piece)
         num_held = len(self._held)
         self._held += self._decoder.decode(piece)
         match = self._find_stop(num_held) if may_stop else None

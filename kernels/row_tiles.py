@@ -8,11 +8,12 @@ stands among them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+
+from kernels.threads import torch_threads
 
 TILE_ROWS = 16
 
@@ -24,20 +25,10 @@ def map_row_tiles(
 
     ``op`` maps ``[16, K]`` to ``[16, N]``, each row from its own row.
     """
-    with _one_thread():
+    with torch_threads(1):
         for start in range(0, x.shape[0], TILE_ROWS):
             tile = x[start : start + TILE_ROWS]
             rows = tile.shape[0]
             padded = F.pad(tile, (0, 0, 0, TILE_ROWS - rows))
             out[start : start + rows] = op(padded)[:rows]
     return out
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

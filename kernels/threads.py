@@ -1,12 +1,16 @@
-"""How many threads the native kernels use: one pool per process, its size decided here."""
+"""How many threads the native kernels use: one pool per process, its size decided here. Torch has
+one thread beside them, but where it works alone."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from math import ceil
 from pathlib import Path
+
+import torch
 
 MAX_THREADS = 256
 
@@ -29,6 +33,17 @@ def set_num_threads(count: int) -> None:
     if not 1 <= count <= MAX_THREADS:
         raise ValueError(f"count must be in 1..{MAX_THREADS}, not {count}")
     import_module("kernels._native").set_num_threads(count)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Inside it, torch's operations use so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def allowed_cores(root: Path = Path("/")) -> int:

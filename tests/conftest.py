@@ -3,6 +3,7 @@ fails no test."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -23,9 +24,13 @@ _spent: Counter[str] = Counter()
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Packed weights are kept for one run of the tests, not with the user's."""
+    """Packed weights are kept for one run of the tests, not with the user's; processes that run
+    tests side by side share them."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QUIRE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("QUIRE_CACHE_DIR", str(base / "packed-weights"))
         yield
 
 

@@ -38,9 +38,11 @@ from kernels.layout import read_tokens
 from kernels.linear import linear
 from kernels.packed_matrix import PackedMatrix, split
 from kernels.ragged import RaggedBatch
+from kernels.threads import configured_threads, torch_threads
 from kvstore.memory import PageMemory
 
 DEPTH = 3
+FIRST_ALONE = 0.4  # the share of the time in which only the first position is taught
 FADE = 0.8  # what a position weighs beside the one before it
 MESSAGE_TOKENS, ANSWER_TOKENS = 128, 256
 TEMPERATURES = (0.0, 0.0, 0.7)
@@ -58,8 +60,8 @@ class TrainingSettings:
     num_tokens: int = 400_000
     seconds: float = 2100.0
     hidden: int = 0
-    vocabulary: int = 6144
-    learning_rate: float = 1e-3
+    vocabulary: int = 8192
+    learning_rate: float = 1.5e-3
     seed: int = 0
 
 
@@ -110,8 +112,9 @@ async def train(
     held_out, seen = texts[::_HELD_OUT], [t for i, t in enumerate(texts) if i % _HELD_OUT]
     vocabulary = most_frequent([text.best for text in seen], settings.vocabulary)
     net = HeadNet(model.weights, vocabulary, settings.hidden, scale_of(seen))
-    learn(net, seen, settings, progress)
-    return net.weights(), measure(net, held_out)
+    with torch_threads(configured_threads()):
+        learn(net, seen, settings, progress)
+        return net.weights(), measure(net, held_out)
 
 
 # -- text
@@ -332,11 +335,11 @@ class HeadNet(torch.nn.Module):
         for name, start in starts.items():
             self.register_parameter(name, torch.nn.Parameter(start.clone()))
 
-    def steps(self, batch: Batch) -> Iterator[tuple[int, torch.Tensor]]:
+    def steps(self, batch: Batch, depths: int = DEPTH) -> Iterator[tuple[int, torch.Tensor]]:
         """The logits ``[N, S, V]`` at each position of the drafts from all starts of a batch."""
         num_starts = batch.positions.shape[1]
         states, seen = batch.hidden[:, :num_starts].float(), Seen(batch)
-        for depth in range(1, DEPTH + 1):
+        for depth in range(1, depths + 1):
             tokens = batch.tokens[:, depth : depth + num_starts]
             states, logits = self(states, tokens, depth, seen)
             yield depth, logits
@@ -416,13 +419,13 @@ class Seen:
         self.own: list[tuple[torch.Tensor, torch.Tensor]] = []
 
 
-def loss_of(net: HeadNet, batch: Batch) -> torch.Tensor:
+def loss_of(net: HeadNet, batch: Batch, depths: int = DEPTH) -> torch.Tensor:
     """What the head says against what the target says: half its likelihoods, half its choice."""
     num_starts = batch.positions.shape[1]
     with torch.no_grad():
         likely = net.teacher(batch.hidden).softmax(dim=-1)
     total = torch.zeros(())
-    for depth, logits in net.steps(batch):
+    for depth, logits in net.steps(batch, depths):
         told = logits[batch.real].log_softmax(dim=-1)
         wanted = likely[:, depth : depth + num_starts][batch.real]
         labels = net.label_of[batch.best[:, depth : depth + num_starts][batch.real]]
@@ -461,7 +464,7 @@ def learn(
             for group in optimizer.param_groups:  # a short rise, then down to a fiftieth
                 group["lr"] = settings.learning_rate * min(share / 0.02, 1.02 - share, 1.0)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = loss_of(net, batch)
+                loss = loss_of(net, batch, 1 if share < FIRST_ALONE else DEPTH)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)

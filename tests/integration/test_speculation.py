@@ -18,11 +18,14 @@ from hypothesis import strategies as st
 from engine.completion import Completion, Finished, StreamItem
 from engine.errors import ModelError
 from engine.local import AsyncLocalEngine
+from engine.model.llama import LlamaModel
 from engine.model.load import LoadedModel, load_draft, load_model
+from engine.modes import SPECULATION_MODES
 from engine.recording import replay
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerLimits
 from engine.speculation import DraftModel, Speculator, StepTimes
+from engine.speculation.head_training import HeadNet, save_head
 from engine.speculation.proposer import Draft
 from tests.integration.cluster import running
 from tests.integration.streams import KINDS, PROMPT, collected, deltas_of, essence
@@ -340,10 +343,56 @@ async def test_a_decode_service_takes_a_model_that_drafts(redis_url: str) -> Non
     check_same(found, expected, params)
 
 
+# -- a head that drafts
+
+
+def heads_own_words(target: LoadedModel, path: Path) -> Path:
+    """A head for a model as it is before it has learned anything: the model's last layer."""
+    assert isinstance(target.model, LlamaModel)
+    torch.manual_seed(0)
+    net = HeadNet(target.model.weights, torch.arange(3, 200), 0, scale=1.0)
+    save_head(net.weights(), path, target.model.spec.digest)
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_with_a_head_a_stream_is_the_one_without(
+    kind: str, tiny: LoadedModel, tmp_path: Path
+) -> None:
+    """Whether it drafts greedily or with noise, within a page, over its end, or preempted."""
+    params = KINDS[kind]
+    path = heads_own_words(tiny, tmp_path / "head.safetensors")
+    async with AsyncLocalEngine(tiny, page_size=16) as engine:
+        expected = await items_of(engine, params)
+    for pool_tokens in (4096, 160):
+        async with AsyncLocalEngine(
+            tiny,
+            page_size=16,
+            check_pages=True,
+            pool_tokens=pool_tokens,
+            speculate="head",
+            draft=str(path),
+        ) as engine:
+            core = engine.engine.core
+            assert core.speculator is not None
+            core.speculator.times = FREE
+            core.speculator.proposer.seconds_per_token = 0.0  # type: ignore[misc]
+            found = await items_of(engine, params)
+            assert core.speculator.stats.failures == 0
+        check_same(found, expected, params)
+    usage = found[-1].usage  # type: ignore[union-attr]
+    assert usage.drafted_tokens > 0
+
+
 def test_a_model_of_other_tokens_cannot_draft(tmp_path: Path) -> None:
     target = load_model(str(write_folder(tmp_path / "tiny")))
     with pytest.raises(ModelError, match=r"hash cannot draft for .*tiny: its tokens are others"):
         load_draft(target, "hash", "fp32")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_model(str(write_folder(tmp_path_factory.mktemp("model") / "tiny")), weights="bf16")
 
 
 # -- the real model
@@ -371,12 +420,12 @@ async def test_the_real_model_writes_the_same_with_every_proposer(smollm2: Loade
     ]
     prompts = [prompt for prompt in COPIED for _ in wanted]
     found = {}
-    for speculate in ("off", "lookup", "history", "model"):
+    for speculate in ("off", *SPECULATION_MODES[1:]):
         options = {"speculate": speculate, "check_pages": True}
         async with AsyncLocalEngine(smollm2, **options) as engine:  # type: ignore[arg-type]
             if engine.engine.core.speculator is not None:
                 engine.engine.core.speculator.times = FREE
             found[speculate] = await engine.generate(prompts, wanted * len(COPIED))
-    for speculate in ("lookup", "history", "model"):
+    for speculate in SPECULATION_MODES[1:]:
         assert essence(found[speculate]) == essence(found["off"])
         assert sum(each.usage.accepted_tokens for each in found[speculate]) > 0

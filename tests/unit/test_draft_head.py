@@ -33,7 +33,7 @@ from engine.speculation.head_training import (
     train,
     user_turn,
 )
-from engine.speculation.loading import load_drafter
+from engine.speculation.loading import load_drafter, packaged_head
 from kernels.linear import linear
 from kernels.ragged import RaggedBatch
 from kvstore.memory import PageMemory
@@ -239,6 +239,17 @@ def test_models_without_hidden_rows_or_a_head_are_refused(
         load_drafter("head", tiny)
     with pytest.raises(ModelError, match="cannot be read"):
         load_drafter("head", tiny, "nowhere.safetensors")
+
+
+def test_the_head_that_comes_with_the_package_is_found_by_the_models_digest(
+    tiny: LoadedModel,
+) -> None:
+    found = packaged_head(load_model("smollm2", weights="int8").model.spec.digest)
+    assert found is not None
+    assert found.name == "smollm2.safetensors"
+    assert found.stat().st_size < 10e6
+    assert read_head(found).vocabulary.numel() > 1000
+    assert packaged_head(tiny.model.spec.digest) is None
 
 
 def test_a_head_proposes_nothing_before_it_was_told_a_hidden_row(
