@@ -234,7 +234,8 @@ class DraftHead:
         return {name: Draft(tuple(each), EXPECTED) for name, each in drafts.items()}
 
     def _room(self, name: str) -> int:
-        """Drafts for whose making the sequence has pages: each but the last is run here."""
+        """As many drafts as find a place in the sequence's pages: the first is made of its last
+        token and takes that one's place, the next the place behind it."""
         sequence = self._sequences[name]
         if sequence.hidden is None:
             return 0

@@ -16,7 +16,7 @@ from engine.plan import Drafted, Outcome, StepPlan, Submit
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.sequence import Goal
 from engine.speculation import Speculator, StepTimes, open_speculator
-from engine.speculation.lengths import Acceptance, best_lengths
+from engine.speculation.lengths import Acceptance, Lengths, best_lengths
 from engine.speculation.past_outputs import MOST_TENANTS, MOST_TOKENS, PastOutputs
 from engine.speculation.prompt_lookup import PromptLookup
 from engine.speculation.proposer import Draft
@@ -220,6 +220,11 @@ def test_rows_of_prompts_fill_the_step_and_bring_no_tokens() -> None:
 def test_no_step_counts_as_longer_than_one_of_more_rows() -> None:
     times = StepTimes({1: 9.0, 2: 1.0, 4: 2.0})
     assert [times.seconds(rows) for rows in (1, 2, 3, 4, 8)] == [1.0, 1.0, 1.5, 2.0, 4.0]
+
+
+def test_drafts_that_hardly_gain_anything_are_not_made() -> None:
+    assert best_lengths([0.02], [5], 1, 1, FLAT) == Lengths([0], 0.0)
+    assert best_lengths([0.05], [5], 1, 1, FLAT).each != [0]
 
 
 def test_times_follow_the_steps() -> None:
