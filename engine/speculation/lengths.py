@@ -21,6 +21,8 @@ _KEEP, _KEEP_IDLE = 0.9, 0.98
 _PRIOR_WEIGHT = 2.0
 # Drafts that promise less are not made: what they take beside the step is not all measured.
 _LEAST_GAIN = 0.03
+# A draft that is right less often is not worth looking at.
+_LEAST_CHANCE = 0.02
 # By how much a measured step moves what is known of all steps, and of those with so many rows.
 _STEP, _OWN_STEP = 0.05, 0.01
 
@@ -66,6 +68,14 @@ class StepTimes:
             return float(seconds[-1] * num_rows / rows[-1]) + self._extra
         return float(np.interp(num_rows, rows, seconds)) + self._extra
 
+    def up_to(self, num_rows: int) -> list[float]:
+        """``seconds`` of 0, 1, ... and so many rows; of none, those of one."""
+        numbers = np.arange(num_rows + 1)
+        found = np.interp(numbers, self._rows, self._seconds)
+        most = self._rows[-1]
+        found = np.where(numbers > most, self._seconds[-1] / most * numbers, found)
+        return [float(each) for each in found + self._extra]
+
     def learn(self, num_rows: int, seconds: float) -> None:
         """A step took that long. All numbers move, as contexts grow and machines get busy; and the
         nearest once more: between two drafts a step takes longer than the measurement's."""
@@ -102,20 +112,22 @@ def best_lengths(
     """
     lengths, best = [0] * len(rates), [0] * len(rates)
     tokens = float(num_tokens)
-    without = times.seconds(num_rows) / tokens
+    seconds_of = times.up_to(num_rows + sum(most))
+    without = seconds_of[num_rows] / tokens
     least = (1 - _LEAST_GAIN) * without
     gains = [(-rate, index) for index, rate in enumerate(rates) if most[index] > 0]
     heapq.heapify(gains)
-    rows = num_rows
+    rows, longest = num_rows, 0
     while gains:
         gain, index = heapq.heappop(gains)
         lengths[index] += 1
+        longest = max(longest, lengths[index])
         rows += 1
         tokens -= gain
-        seconds = (times.seconds(rows) + draft_s * max(lengths)) / tokens
+        seconds = (seconds_of[rows] + draft_s * longest) / tokens
         if seconds < least:
             least = seconds
             best = lengths.copy()
-        if lengths[index] < most[index]:
+        if lengths[index] < most[index] and -gain * rates[index] > _LEAST_CHANCE:
             heapq.heappush(gains, (gain * rates[index], index))
     return Lengths(best, without - least if any(best) else 0.0)

@@ -24,6 +24,7 @@ from engine.speculation.proposer import Draft, Proposer
 log = logging.getLogger(__name__)
 
 MOST_DRAFTS = 15
+_USUAL_STEP, _RETURN_STEP = 0.02, 0.001
 
 
 @dataclass(slots=True)
@@ -51,6 +52,7 @@ class Speculator:
         self.stats = SpeculationStats(proposer.name)
         self._vocab_size = vocab_size
         self._acceptance: dict[str, Acceptance] = {}
+        self._usual = proposer.expects
 
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
         """A new sequence, with all tokens that it has already."""
@@ -77,6 +79,7 @@ class Speculator:
         """A step took ``token_ids`` into the sequence, after these drafts. ``hidden [H]`` is what
         the target's last layer made of the row that gave the last of them."""
         num_right = _num_equal(drafts, token_ids)
+        self._learn_usual(len(drafts), num_right)
         self.stats.proposed += len(drafts)
         for position in range(num_right):
             self.stats.accepted_at[position] += 1
@@ -88,6 +91,18 @@ class Speculator:
         else:
             acceptance.idle()
         self._guarded(name, lambda: self.proposer.extend(name, token_ids, hidden))
+
+    def _learn_usual(self, num_drafts: int, num_right: int) -> None:
+        """What a proposer that says it beforehand promises is soon held against what came of all
+        sequences' drafts, and slowly believed again where it is not tried."""
+        expects = self.proposer.expects
+        if self._usual is None or expects is None:
+            return
+        if num_drafts:
+            num_tried = num_right + (num_right < num_drafts)
+            self._usual += _USUAL_STEP * (num_right - num_tried * self._usual)
+        else:
+            self._usual += _RETURN_STEP * (expects - self._usual)
 
     def drafts(self, left: Mapping[str, int], prompt_rows: int) -> list[Drafted]:
         """For the next step, in which each of these sequences has a row and may still bring so many
@@ -101,7 +116,7 @@ class Speculator:
         if not most:
             return []
         rows = (len(left), len(left) + prompt_rows)
-        if self.proposer.expects is None:
+        if self._usual is None:
             drafts = self._proposed(most)
             lengths = self._lengths(
                 {name: len(each.tokens) for name, each in drafts.items()},
@@ -110,7 +125,7 @@ class Speculator:
                 rows,
             )
         else:
-            expected = dict.fromkeys(most, self.proposer.expects)
+            expected = dict.fromkeys(most, self._usual)
             lengths = self._lengths(most, expected, left, rows)
             drafts = self._proposed(lengths)
         self.stats.draft_time += time.perf_counter() - began

@@ -190,7 +190,7 @@ def test_old_outputs_and_tenants_not_heard_of_are_forgotten() -> None:
 
 
 def test_free_rows_are_all_taken_and_dear_ones_not_at_all() -> None:
-    assert best_lengths([0.9, 0.1], [5, 5], 2, 2, FLAT).each == [5, 5]
+    assert best_lengths([0.9, 0.2], [5, 5], 2, 2, FLAT).each == [5, 2]  # then 0.2 ** 3 is too few
     assert best_lengths([0.9, 0.1], [5, 5], 2, 2, DEAR).each == [0, 0]
 
 
@@ -225,6 +225,12 @@ def test_no_step_counts_as_longer_than_one_of_more_rows() -> None:
 def test_drafts_that_hardly_gain_anything_are_not_made() -> None:
     assert best_lengths([0.02], [5], 1, 1, FLAT) == Lengths([0], 0.0)
     assert best_lengths([0.05], [5], 1, 1, FLAT).each != [0]
+
+
+def test_a_table_of_times_has_what_is_asked_for_one_by_one() -> None:
+    times = StepTimes({2: 1.0, 4: 2.0})
+    times.learn(3, 5.0)
+    assert times.up_to(9) == pytest.approx([times.seconds(rows) for rows in range(10)])
 
 
 def test_times_follow_the_steps() -> None:
@@ -339,10 +345,10 @@ def test_what_was_accepted_is_counted_and_told_to_the_proposer() -> None:
 
 
 def test_a_proposer_is_not_made_ready_for_less_than_that_takes() -> None:
-    made = speculator(1)
-    assert isinstance(made.proposer, Fixed)
-    made.proposer.expects = 0.9
-    made.proposer.starts_after_s = 3.0
+    proposer = Fixed(1)
+    proposer.expects, proposer.starts_after_s = 0.9, 3.0
+    made = Speculator(proposer, vocab_size=10, times=FLAT)
+    made.begin("a", [1, 2], "")
     assert made.drafts({"a": 4}, 0) == []  # three drafts save 0.71 s with each of four tokens
     assert made.drafts({"a": 5}, 0) == [Drafted("a", (1,))]  # four save 0.76 s with each of five
 
@@ -493,3 +499,18 @@ def test_drafts_count_for_one_step_and_for_sequences_that_decode() -> None:
     assert [rows.num_drafts for rows in plan.rows] == [0]
     assert [rows.num_drafts for rows in driver.step().rows] == [0]
     assert driver.step().rows[0].tokens == (16, 17, 18, 19)
+
+
+def test_a_promise_that_is_not_kept_is_not_believed_of_the_next_sequence() -> None:
+    proposer = Fixed(1)
+    proposer.expects = 0.5
+    made = Speculator(proposer, vocab_size=10, times=StepTimes({1: 1.0, 2: 1.3, 64: 64.0}))
+    made.begin("first", [1, 2], "")
+    assert made.drafts({"first": 100}, 0) == [Drafted("first", (1,))]
+    for _ in range(100):
+        made.verified("first", [1], [2])
+    made.begin("second", [1, 2], "")
+    assert made.drafts({"second": 100}, 0) == []
+    for _ in range(5000):  # of steps without drafts
+        made.verified("first", [], [2])
+    assert made.drafts({"second": 100}, 0) == [Drafted("second", (1,))]
