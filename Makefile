@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 help:
 	@echo "make demo      install, then a real answer from a prefill and a decode service, with its trace"
-	@echo "make test      install, check style and types, run the tests (15 to 18 minutes on 2 cores)"
+	@echo "make test      install, check style and types, run the tests (13 to 18 minutes on 2 cores)"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make sanitize  the kernels' tests with the address and undefined-behaviour sanitizers"
 	@echo "make soak      real processes under random faults for SOAK_MINUTES (10), from SOAK_SEED (1)"
