@@ -28,7 +28,7 @@ def ragged_batch(
     for entries, row in zip(table, rows, strict=True):
         entries[: len(row.pages)] = row.pages
     tokens = np.fromiter((token for row in rows for token in row.tokens), np.int64, total)
-    shifts = [row.start - start for row, start in zip(rows, starts.tolist(), strict=False)]
+    shifts = [row.start - start for row, start in zip(rows, starts[:-1].tolist(), strict=True)]
     positions = np.arange(total) + np.repeat(np.array(shifts, dtype=np.int64), counts)
     logit_rows = [
         at

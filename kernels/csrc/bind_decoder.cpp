@@ -112,8 +112,7 @@ public:
     void forward(Array token_ids, std::optional<Array> states, Array positions, Array query_starts,
                  Array page_tables, Array kv, const std::string& kv_dtype, int64_t page_size,
                  Array logit_rows, std::optional<Array> logits, Array best_ids,
-                 std::optional<Array> hidden,
-                 std::optional<Array> layers_done, int64_t mark_every, int progress_event) {
+                 std::optional<Array> hidden, std::optional<Array> layers_done, int64_t mark_every, int progress_event) {
         const int64_t rows = size(token_ids, "token_ids", 1, 0);
         const int64_t sequences = size(page_tables, "page_tables", 2, 0);
         const int64_t max_pages = size(page_tables, "page_tables", 2, 1);
@@ -124,7 +123,8 @@ public:
                      data<int32_t>(page_tables, "page_tables", {sequences, max_pages}),
                      rows, sequences, max_pages};
         step.token_ids = data<int64_t>(token_ids, "token_ids", {rows});
-        if (states.has_value() != goes_on_) refuse("states", "be given if the weights go on from some");
+        if (states.has_value() != goes_on_)
+            refuse("states", "be given if the weights go on from some");
         if (states) step.states = data<float>(*states, "states", {rows, shape_.width});
         step.pages = pages_of(kv, weights_.first_layer, kv_dtype, page_size, shape_.head_dim);
         const int64_t layers = weights_.first_layer + int64_t(weights_.layers.size());
@@ -247,9 +247,9 @@ void bind_decoder(nb::module_& m) {
     m.def("embedding", embedding, "token_ids"_a, "table"_a, "out"_a);
     nb::class_<HeldDecoder>(m, "Decoder")
         .def(nb::init<nb::object>(), "weights"_a)
-        .def("forward", &HeldDecoder::forward, "token_ids"_a, "states"_a.none(), "positions"_a, "query_starts"_a,
-             "page_tables"_a, "kv"_a, "kv_dtype"_a, "page_size"_a, "logit_rows"_a, "logits"_a.none(),
-             "best_ids"_a, "hidden"_a = nb::none(), "layers_done"_a = nb::none(),
+        .def("forward", &HeldDecoder::forward, "token_ids"_a, "states"_a.none(), "positions"_a,
+             "query_starts"_a, "page_tables"_a, "kv"_a, "kv_dtype"_a, "page_size"_a,
+             "logit_rows"_a, "logits"_a.none(), "best_ids"_a, "hidden"_a = nb::none(), "layers_done"_a = nb::none(),
              "mark_every"_a = 1, "progress_event"_a = -1);
 }
 

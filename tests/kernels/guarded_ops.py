@@ -191,20 +191,16 @@ def decoder(
     layout = PageLayout(
         len(weights.layers), weights.num_kv_heads, weights.head_dim, page_size, kv_dtype
     )
-    native = native_decoder(weights)._decoder
     kv = garbage(memory, layout, 2)
-    written = [kv]
-    for batch, wants_logits in (
-        (two_sequences(end - rows, end - rows, page_size), False),
-        (two_sequences(end, rows, page_size), True),
-    ):
-        row_count = batch.num_rows
-        best = memory.room(row_count, dtype=torch.int32)
-        logits = memory.room(row_count, VOCABULARY) if wants_logits else None
-        batch = placed(memory, batch)
-        native.forward(
+
+    def run(weights: DecoderWeights, batch: RaggedBatch, wants_logits: bool) -> list[torch.Tensor]:
+        rows, batch = batch.num_rows, placed(memory, batch)
+        best = memory.room(rows, dtype=torch.int32)
+        logits = memory.room(rows, VOCABULARY) if wants_logits else None
+        hidden = memory.room(rows, weights.width)
+        native_decoder(weights)._decoder.forward(
             batch.token_ids,
-            None,
+            batch.states,
             batch.positions,
             batch.query_starts,
             batch.page_tables,
@@ -214,29 +210,18 @@ def decoder(
             batch.logit_rows,
             logits,
             best,
-        )
-        written += [best] if logits is None else [best, logits]
-    if mode in ("fp32", "int8"):
-        onwards = native_decoder(
-            placed(memory, going_on(mode, weights_of(mode, size, end)))
-        )._decoder
-        best, hidden = memory.room(2, dtype=torch.int32), memory.room(2, weights.width)
-        batch = placed(memory, two_sequences(end, 1, page_size))
-        onwards.forward(
-            batch.token_ids,
-            memory.put(torch.randn(2, weights.width)),
-            batch.positions,
-            batch.query_starts,
-            batch.page_tables,
-            kv,
-            kv_dtype,
-            page_size,
-            batch.logit_rows,
-            None,
-            best,
             hidden,
         )
-        written += [best, hidden]
+        return [best, hidden] if logits is None else [best, hidden, logits]
+
+    written = [kv]
+    written += run(weights, two_sequences(end - rows, end - rows, page_size), False)
+    written += run(weights, two_sequences(end, rows, page_size), True)
+    if mode in ("fp32", "int8"):
+        onwards = placed(memory, going_on(mode, weights_of(mode, size, end)))
+        batch = two_sequences(end, 1, page_size)
+        states = torch.randn(batch.num_rows, weights.width)
+        written += run(onwards, replace(batch, states=states), False)
     return written
 
 
