@@ -20,28 +20,28 @@ def ragged_batch(
 ) -> RaggedBatch:
     """The planned rows as tensors, in the order of the plan; with room for hidden rows of a width
     that is not 0."""
-    counts = [len(row.tokens) for row in rows]
-    starts = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum(counts, out=starts[1:])
-    total = int(starts[-1])
-    table = np.full((len(rows), max(len(row.pages) for row in rows)), -1, dtype=np.int32)
-    for entries, row in zip(table, rows, strict=True):
-        entries[: len(row.pages)] = row.pages
-    tokens = np.fromiter((token for row in rows for token in row.tokens), np.int64, total)
-    shifts = [row.start - start for row, start in zip(rows, starts[:-1].tolist(), strict=True)]
-    positions = np.arange(total) + np.repeat(np.array(shifts, dtype=np.int64), counts)
-    logit_rows = [
-        at
-        for row, end in zip(rows, starts[1:].tolist(), strict=True)
-        for at in range(end - row.num_logits, end)
-    ]
+    tokens: list[int] = []
+    positions: list[int] = []
+    starts = [0]
+    wanted: list[int] = []
+    for row in rows:
+        tokens += row.tokens
+        positions += range(row.start, row.start + len(row.tokens))
+        starts.append(len(tokens))
+        wanted += range(len(tokens) - row.num_logits, len(tokens))
+    most_pages = max(len(row.pages) for row in rows)
+    tables = [(*row.pages, *(-1,) * (most_pages - len(row.pages))) for row in rows]
     return RaggedBatch(
-        token_ids=torch.from_numpy(tokens),
-        positions=torch.from_numpy(positions),
-        query_starts=torch.from_numpy(starts),
-        page_tables=torch.from_numpy(table),
-        logit_rows=torch.from_numpy(np.array(logit_rows, dtype=np.int64)),
+        token_ids=_numbers(tokens),
+        positions=_numbers(positions),
+        query_starts=_numbers(starts),
+        page_tables=torch.from_numpy(np.array(tables, dtype=np.int32)),
+        logit_rows=_numbers(wanted),
         best_only=best_only,
         progress=progress,
-        hidden=torch.empty(len(logit_rows), hidden_width) if hidden_width else None,
+        hidden=torch.empty(len(wanted), hidden_width) if hidden_width else None,
     )
+
+
+def _numbers(values: list[int]) -> torch.Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.int64))

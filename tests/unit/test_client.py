@@ -76,8 +76,10 @@ class Counting(AsyncClient):
                 await asyncio.sleep(0)
                 yield Started(b"", 0, (), b"")
         finally:
-            await asyncio.sleep(0)
-            self.running -= 1
+            try:
+                await asyncio.sleep(0)
+            finally:  # cancelled here, it has ended all the same
+                self.running -= 1
 
     async def close(self) -> None:
         pass
