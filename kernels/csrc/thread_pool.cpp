@@ -21,7 +21,7 @@ void relax() {
 #endif
 }
 
-int64_t left(uint64_t open) { return int64_t(open & 0xFFFFFFFF) - int64_t(kNone); }
+int64_t left(uint64_t state) { return int64_t(state & 0xFFFFFFFF) - int64_t(kNone); }
 
 ThreadPool* process_pool = nullptr;
 
@@ -50,47 +50,64 @@ void ThreadPool::run(const Phase* phases, int64_t count) {
     }
     phases_ = phases;
     count_ = count;
-    first_serial_ = uint32_t(open_.load() >> 32) + 1;
+    first_serial_ = serial_.load() + 1;
     done_.store(false);
-    open(0);
+    open(0, 0);
     // Whoever holds the last units may have lost its core: after a while, offer this one.
     for (int spins = 0; !done_.load();) {
-        if (take_unit())
+        if (take_unit(0))
             spins = 0;
         else
             ++spins < kSpinsBeforeYield ? relax() : std::this_thread::yield();
     }
 }
 
-// Nobody holds a unit now: whatever is stored here is seen by whoever takes one.
-void ThreadPool::open(int64_t phase) {
+// Nobody holds a unit now: whatever is stored here is seen by whoever takes one. The phase cannot end
+// before its last part is stored.
+void ThreadPool::open(int64_t phase, int opener) {
     while (phase < count_ && phases_[phase].units <= 0) ++phase;
     if (phase == count_) return done_.store(true);
     const int64_t units = phases_[phase].units;
+    const uint32_t serial = first_serial_ + uint32_t(phase);
     unfinished_.store(units);
-    open_.store(uint64_t(first_serial_ + uint32_t(phase)) << 32 | (kNone + uint64_t(units)));
+    const auto store = [&](int part, int64_t count) {
+        parts_[part].left.store(uint64_t(serial) << 32 | (kNone + uint64_t(count)));
+    };
+    if (is_shared(units))
+        store(opener, units);
+    else
+        for (int part = 0; part < threads_; ++part)
+            store(part, part_end(units, part) - part_end(units, part - 1));
+    serial_.store(serial);
     if (units > 1 && asleep_.load() > 0) wake();
 }
 
 // Takes and runs one unit of the open phase, if there is one.
-bool ThreadPool::take_unit() {
-    if (left(open_.load()) <= 0) return false;
-    const uint64_t taken = open_.fetch_sub(1);
-    const int64_t unit = left(taken) - 1;
-    if (unit < 0) return false;
+bool ThreadPool::take_unit(int thread) {
+    for (int i = 0; i < threads_; ++i)
+        if (take_unit_of((thread + i) % threads_, thread)) return true;
+    return false;
+}
+
+bool ThreadPool::take_unit_of(int part, int thread) {
+    std::atomic<uint64_t>& state = parts_[part].left;
+    if (left(state.load()) <= 0) return false;
+    const uint64_t taken = state.fetch_sub(1);
+    if (left(taken) <= 0) return false;
     const int64_t index = uint32_t(uint32_t(taken >> 32) - first_serial_);
     const Phase& phase = phases_[index];
-    phase.function(phase.args, phase.units - 1 - unit);
-    if (unfinished_.fetch_sub(1) == 1) open(index + 1);
+    const int64_t end = is_shared(phase.units) ? phase.units : part_end(phase.units, part);
+    phase.function(phase.args, end - left(taken));
+    if (unfinished_.fetch_sub(1) == 1) open(index + 1, thread);
     return true;
 }
 
-void ThreadPool::serve() {
+void ThreadPool::serve(int thread) {
     using Clock = std::chrono::steady_clock;
     auto idle_since = Clock::now();
     for (int spins = 0; !stopping_.load(); ++spins) {
-        const uint64_t seen = open_.load();
-        if (take_unit()) {
+        const uint32_t seen = serial_.load();
+        if (take_unit(thread)) {
             spins = 0;
             idle_since = Clock::now();
         } else if (spins % 64 == 63 && Clock::now() - idle_since > kSpin) {
@@ -103,10 +120,10 @@ void ThreadPool::serve() {
 }
 
 // Either this thread sees the phase that was opened meanwhile, or its opener sees it asleep.
-void ThreadPool::sleep(uint64_t seen) {
+void ThreadPool::sleep(uint32_t seen) {
     const uint32_t epoch = epoch_.load();
     asleep_.fetch_add(1);
-    if (open_.load() >> 32 == seen >> 32 && !stopping_.load()) epoch_.wait(epoch);
+    if (serial_.load() == seen && !stopping_.load()) epoch_.wait(epoch);
     asleep_.fetch_sub(1);
 }
 
@@ -122,12 +139,14 @@ void ThreadPool::resize(int threads) {
     for (auto& worker : workers_) worker.join();
     workers_.clear();
     stopping_.store(false);
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { serve(); });
+    threads_ = threads;
+    parts_ = std::make_unique<Part[]>(size_t(threads));
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
 }
 
 int ThreadPool::size() {
     const std::lock_guard lock(turn_);
-    return int(workers_.size()) + 1;
+    return threads_;
 }
 
 }  // namespace quire

@@ -1,11 +1,13 @@
 // One pool of threads per process. A job is a list of phases; a phase's units run on any threads, in
-// any order; a phase starts when the one before it is done. Units are taken from a counter and the
-// thread that finishes a phase's last unit opens the next, so a thread that lost its core holds up
-// a step by at most the unit it holds.
+// any order; a phase starts when the one before it is done. Every thread begins with a part of the
+// units, in their order, so that it reads on in memory where it stopped; when that is done it takes
+// from the others' parts. The thread that finishes a phase's last unit opens the next, so a thread
+// that lost its core holds up a step by at most the unit it holds.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -54,19 +56,29 @@ public:
     }
 
 private:
-    void open(int64_t phase);
-    bool take_unit();
-    void serve();
-    void sleep(uint64_t seen);
+    // The phase's serial number above, the units nobody has taken, plus kNone, below. Whoever lowers
+    // it to less than kNone has taken nothing.
+    struct alignas(64) Part {
+        std::atomic<uint64_t> left{0};
+    };
+
+    void open(int64_t phase, int opener);
+    bool take_unit(int thread);
+    bool take_unit_of(int part, int thread);
+    void serve(int thread);
+    void sleep(uint32_t seen);
     void wake();
+    // Too few units for parts: all are in its opener's.
+    bool is_shared(int64_t units) const { return units < threads_; }
+    int64_t part_end(int64_t units, int part) const { return units * (part + 1) / threads_; }
 
     std::mutex turn_;  // held by the caller whose job runs, or who resizes
     std::vector<std::thread> workers_;
     std::atomic<bool> stopping_{false};
 
-    // The open phase's serial number above, the units nobody has taken, plus kNone, below. Whoever
-    // lowers it to less than kNone has taken nothing.
-    alignas(64) std::atomic<uint64_t> open_{0};
+    int threads_ = 1;
+    std::unique_ptr<Part[]> parts_;
+    alignas(64) std::atomic<uint32_t> serial_{0};     // of the open phase
     alignas(64) std::atomic<int64_t> unfinished_{0};  // units of the open phase
     alignas(64) std::atomic<uint32_t> epoch_{0};      // what sleeping workers wait on
     std::atomic<int> asleep_{0};
