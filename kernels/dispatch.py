@@ -34,7 +34,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 PAIRS_OF_BF16 = ("amx_int8", "avx512_bf16")
 
 # Raised whenever a kernel's bits change, so that workers of different releases do not share pages.
-_REVISION = 2
+_REVISION = 3
 
 
 class KernelUnavailable(RuntimeError):

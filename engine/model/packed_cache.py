@@ -2,8 +2,9 @@
 
 A file is a safetensors container named after the model's digest, the weight mode and the packing's
 version. It is mapped read-only in effect (private, copy on write), so that all processes of a host
-share its pages. Files are written under another name first and renamed: a file that is there is
-whole. Nothing is ever removed; the folder may be emptied at any time.
+share its pages, huge ones where the file system has them: a step reads every weight once, and looks
+up few addresses then. Files are written under another name first and renamed: a file that is there
+is whole. Nothing is ever removed; the folder may be emptied at any time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 Parts = dict[str, PackedMatrix | torch.Tensor]
 
 # Raised whenever packed bytes change for the same weights.
-_PACKING = 1
+_PACKING = 2
 _ALIGNMENT = 64
 _DTYPES = {"U8": torch.uint8, "F32": torch.float32}
 
@@ -103,6 +104,8 @@ def _save(path: Path, parts: Parts) -> None:
                 file.write(_data(parts[name]).numpy().data)
             file.flush()
             os.fsync(file.fileno())
+            # What is read into memory for a mapping can be in huge pages, what was written cannot.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -123,6 +126,8 @@ def _load(path: Path) -> Parts | None:
     try:
         with path.open("rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            with suppress(AttributeError, OSError):  # not every system knows them
+                memory.madvise(mmap.MADV_HUGEPAGE)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -37,15 +37,17 @@ def pack(
     """The matrices below each other, rows in ``order`` (-1: a row of zeros), as ``mode`` says.
 
     "int8": a checkpoint's own 8-bit blocks as they are, anything else rounded to 8 bits in rotated
-    groups of 64. "int4": a checkpoint's own 4-bit blocks as they are, anything else rounded to
-    groups of 32 with a scale and a minimum; the tables of the ``vocabulary`` stay in 8 bits, where
-    rounding costs most and saves least.
+    groups of 64; the tables of the ``vocabulary`` always, since blocks that are kept take inputs of
+    16 bits, and the head is a third of a step's products then. "int4": a checkpoint's own 4-bit
+    blocks as they are, anything else rounded to groups of 32 with a scale and a minimum; the tables
+    of the ``vocabulary`` stay in 8 bits, where rounding costs most and saves least.
     """
     bits = {"int8": 8, "int4": 8 if vocabulary else 4}.get(mode)
-    if bits is not None:
+    kept = None
+    if bits is not None and not (mode == "int8" and vocabulary):
         kept = _kept(parts, bits)
-        if kept is not None:
-            return pack_quantized(kept if order is None else kept.rows(order))
+    if kept is not None:
+        return pack_quantized(kept if order is None else kept.rows(order))
     weight = torch.cat([part.read() for part in parts])
     if order is not None:
         weight = torch.cat((weight, weight.new_zeros(1, weight.shape[1])))[order]

@@ -45,12 +45,14 @@ constexpr bool in_matrix_tiles(InputFormat format, int64_t rows) {
     return kMatrixTiles && format >= InputFormat::int8 && rows >= kLeastRowsInTiles;
 }
 
-// A tile of inputs: rows `row` .. `row + rows - 1`.
+// A tile of inputs: rows `row` .. `row + rows - 1`. While they are multiplied, the weights `ahead`
+// bytes further on are fetched, if that is not 0.
 struct InputTile {
     int64_t row, rows;
     uint8_t* values;
     float* scales;
     int32_t* sums;
+    int64_t ahead = 0;
 };
 
 static inline InputTile tile_at(const InputRows& x, int64_t row) {

@@ -17,11 +17,19 @@ RowRange rows_of(int64_t unit, int64_t unit_rows, int64_t rows) {
     return {unit * unit_rows, smaller_of((unit + 1) * unit_rows, rows)};
 }
 
-// Calls then(tile of inputs) for those of a range of rows, which ends where tiles end.
+constexpr int64_t kFetchedAhead = 2048;
+
+// Calls then(tile of inputs) for those of a range of rows, which ends where tiles end. The first rows
+// wait for their weights, so what they need next is fetched. The second find theirs in a cache, and
+// the memory has time: what the first rows need of the next `next` bytes is fetched.
 template <class Then>
-QUIRE_INLINE void for_row_tiles(RowRange range, const InputRows& x, Then then) {
-    for (int64_t row = range.start; row < range.end; row += tile_rows(x.format))
-        then(tile_at(x, row));
+QUIRE_INLINE void for_row_tiles(RowRange range, const InputRows& x, int64_t next, Then then) {
+    const int64_t step = tile_rows(x.format);
+    for (int64_t row = range.start; row < range.end; row += step) {
+        InputTile tile = tile_at(x, row);
+        tile.ahead = row == 0 ? kFetchedAhead : row == step ? next : 0;
+        then(tile);
+    }
 }
 
 QUIRE_INLINE F16 silu(F16 x) {
@@ -52,7 +60,7 @@ void linear(const Linear& a, int64_t unit) {
     for (int64_t tile = first; tile < smaller_of(first + a.unit_tiles, a.weight.tiles); ++tile) {
         const int64_t output = tile * kTileOutputs;
         const int64_t count = smaller_of(kTileOutputs, a.outputs - output);
-        for_row_tiles(range, a.x, [&](const InputTile& x) {
+        for_row_tiles(range, a.x, a.weight.tile_bytes, [&](const InputTile& x) {
             alignas(64) float result[kMostTileRows * kTileOutputs];
             multiply(a.weight, tile, x, result, kTileOutputs);
             for (int64_t r = 0; r < x.rows; ++r) {
@@ -70,7 +78,7 @@ void qkv(const Qkv& a, int64_t unit) {
     const int64_t head = unit / row_units, tiles = ceil_div(dim, kTileOutputs);
     const int64_t key_head = head - a.query_heads, value_head = key_head - a.pages.kv_heads;
     const float* norm = value_head >= 0 ? nullptr : key_head >= 0 ? a.k_norm : a.q_norm;
-    for_row_tiles(rows_of(unit % row_units, a.unit_rows, a.rows), a.x,
+    for_row_tiles(rows_of(unit % row_units, a.unit_rows, a.rows), a.x, tiles * a.weight.tile_bytes,
                   [&](const InputTile& inputs) {
         alignas(64) float result[kMostTileRows * kMostOutputs];
         for (int64_t t = 0; t < tiles; ++t)
@@ -97,7 +105,9 @@ void gate_up(const GateUp& a, int64_t unit) {
     constexpr int64_t kBlock = GateUp::kBlock, kTiles = kBlock / kTileOutputs;
     const int64_t row_units = ceil_div(a.rows, a.unit_rows), block = unit / row_units;
     const int64_t start = block * kBlock, count = smaller_of(kBlock, a.out.inputs - start);
-    for_row_tiles(rows_of(unit % row_units, a.unit_rows, a.rows), a.x, [&](const InputTile& x) {
+    const int64_t block_bytes = 2 * kTiles * a.weight.tile_bytes;
+    for_row_tiles(rows_of(unit % row_units, a.unit_rows, a.rows), a.x, block_bytes,
+                  [&](const InputTile& x) {
         alignas(64) float result[kMostTileRows * 2 * kBlock];
         for (int64_t t = 0; t < 2 * kTiles; ++t)
             multiply(a.weight, block * 2 * kTiles + t, x, result + t * kTileOutputs, 2 * kBlock);
@@ -145,27 +155,27 @@ static void note_best(const float* logits, int64_t count, int64_t first, float* 
 void head(const Head& a, int64_t unit) {
     const int64_t start = unit * a.unit_tiles;
     const int64_t end = smaller_of(start + a.unit_tiles, a.weight.tiles);
-    for_row_tiles({0, a.rows}, a.x, [&](const InputTile& x) {
-        float* best = a.best + unit * a.rows + x.row;
-        int32_t* ids = a.best_ids + unit * a.rows + x.row;
-        for (int64_t r = 0; r < x.rows; ++r) {
-            best[r] = -__builtin_inff();
-            ids[r] = 0;
-        }
-        for (int64_t tile = start; tile < end; ++tile) {
+    float* best = a.best + unit * a.rows;
+    int32_t* ids = a.best_ids + unit * a.rows;
+    for (int64_t row = 0; row < a.rows; ++row) {
+        best[row] = -__builtin_inff();
+        ids[row] = 0;
+    }
+    for (int64_t tile = start; tile < end; ++tile) {
+        const int64_t output = tile * kTileOutputs;
+        const int64_t count = smaller_of(kTileOutputs, a.outputs - output);
+        for_row_tiles({0, a.rows}, a.x, a.weight.tile_bytes, [&](const InputTile& x) {
             alignas(64) float result[kMostTileRows * kTileOutputs];
-            const int64_t output = tile * kTileOutputs;
-            const int64_t count = smaller_of(kTileOutputs, a.outputs - output);
             multiply(a.weight, tile, x, result, kTileOutputs);
-            for (int64_t r = 0; r < x.rows; ++r) {
-                const float* logits = result + r * kTileOutputs;
-                note_best(logits, count, output, best + r, ids + r);
+            for (int64_t row = x.row; row < x.row + x.rows; ++row) {
+                const float* logits = result + (row - x.row) * kTileOutputs;
+                note_best(logits, count, output, best + row, ids + row);
                 if (a.logits)
-                    __builtin_memcpy(a.logits + (x.row + r) * a.outputs + output, logits,
+                    __builtin_memcpy(a.logits + row * a.outputs + output, logits,
                                      size_t(4 * count));
             }
-        }
-    });
+        });
+    }
 }
 
 }  // namespace quire::QUIRE_ISA

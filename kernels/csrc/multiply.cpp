@@ -94,13 +94,21 @@ QUIRE_INLINE F16 load_scales(const uint8_t* p, bool as_bf16) {
                    : load_half(reinterpret_cast<const uint16_t*>(p));
 }
 
-// Adds 4 * Fours inputs of every line, a row's plane: [lines][columns] sums of 16 outputs.
-template <int Lines, bool Nibbles, int Fours>
+// Enough lines (a row's planes) to keep the multipliers busy until the first one's sum is there. Of
+// more, the sums of a group all end at once, and nothing is left to multiply while they are stored.
+constexpr int kBlockLines = kRegisters >= 32 ? 6 : 2 * kTileRows;
+
+// From so many lines on, arithmetic leaves the processor too little time to see by itself which
+// weights come next. Below, what is fetched by hand only disturbs it.
+constexpr int kFewestFetched = 8;
+
+// Adds 4 * Fours inputs of `Lines` of a tile's `All` lines: [lines][columns] sums of 16 outputs.
+template <int Lines, int All, bool Nibbles, int Fours>
 QUIRE_INLINE void add_fours(const uint8_t* weights, const uint8_t* inputs,
                             I16 (&sum)[Lines][kColumns]) {
     auto add = [&](const Weights (&w)[kColumns], int four) __attribute__((always_inline)) {
         each<Lines>([&](auto line) __attribute__((always_inline)) {
-            const Inputs a = broadcast_inputs(inputs + kFourBytes * (four * Lines + line));
+            const Inputs a = broadcast_inputs(inputs + kFourBytes * (four * All + line));
             for (int c = 0; c < kColumns; ++c) sum[line][c] = dot(sum[line][c], w[c], a);
         });
     };
@@ -139,7 +147,7 @@ QUIRE_INLINE void add_offsets(const Matrix& w, const uint8_t* offsets, const F16
 }
 
 // One column's, or both columns', sums over a group: [rows][columns], from `starts` [rows] on.
-template <int Rows, int Planes, bool Nibbles>
+template <int Rows, int All, int Planes, bool Nibbles>
 QUIRE_INLINE void sum_group(int64_t group, const uint8_t* weights, const uint8_t* inputs,
                             const int32_t* starts, I16 (&sum)[Rows * Planes][kColumns]) {
     each<Rows>([&](auto r) __attribute__((always_inline)) {
@@ -148,13 +156,24 @@ QUIRE_INLINE void sum_group(int64_t group, const uint8_t* weights, const uint8_t
             if constexpr (Planes == 2) sum[r * 2][c] = broadcast_int(0);
         }
     });
-    constexpr int kLines = Rows * Planes;
-    if (group == 32) return add_fours<kLines, Nibbles, 8>(weights, inputs, sum);
+    constexpr int kLines = Rows * Planes, kAll = All * Planes;
+    // Not a loop where it is one round: its sums stay in registers.
+    if (group == 32) return add_fours<kLines, kAll, Nibbles, 8>(weights, inputs, sum);
+    if (group == 64) return add_fours<kLines, kAll, Nibbles, 16>(weights, inputs, sum);
     for (int64_t k = 0; k < group; k += 64) {
-        add_fours<kLines, Nibbles, 16>(weights, inputs, sum);
+        add_fours<kLines, kAll, Nibbles, 16>(weights, inputs, sum);
         weights += 128 * (Nibbles ? 8 : 16);
-        inputs += kFourBytes * 16 * kLines;
+        inputs += kFourBytes * 16 * kAll;
     }
+}
+
+// Calls f.operator()<first, count>() for a tile's rows, as few at once as keep multipliers busy.
+template <int Rows, int Planes, int First = 0, class F>
+QUIRE_INLINE void each_block(F f) {
+    constexpr int kMost = kBlockLines / Planes, kLeft = Rows - First;
+    constexpr int kCount = ceil_div(kLeft, ceil_div(kLeft, kMost));
+    f.template operator()<First, kCount>();
+    if constexpr (kCount < kLeft) each_block<Rows, Planes, First + kCount>(f);
 }
 
 // The sums of floats stand in `out`: registers hold those of integers.
@@ -162,6 +181,7 @@ template <int Rows, int Planes, bool Nibbles>
 void multiply_integers(const Matrix& w, const uint8_t* tile, const InputTile& x, float* out,
                        int64_t stride) {
     static constexpr int32_t kNoStarts[Rows] = {};
+    const int64_t group_bytes = w.group / (Nibbles ? 8 : 4) * 128;
     const bool centred = w.offsets == Offsets::none;
     const uint8_t* inputs = x.values;
     const float* scales = x.scales;
@@ -174,22 +194,32 @@ void multiply_integers(const Matrix& w, const uint8_t* tile, const InputTile& x,
         tile += 64;
         const uint8_t* offsets = tile;
         if (!centred) tile += 64;
+        const int32_t* starts = centred ? sums : kNoStarts;
         each_columns([&](int column) __attribute__((always_inline)) {
-            I16 sum[Rows * Planes][kColumns];
-            sum_group<Rows, Planes, Nibbles>(w.group, tile + 64 * column, inputs,
-                                             centred ? sums : kNoStarts, sum);
-            each<Rows>([&](auto r) __attribute__((always_inline)) {
-                const F16 s = broadcast(scales[r]);
-                for (int c = 0; c < kColumns; ++c) {
-                    I16 all = sum[r * Planes + Planes - 1][c];
-                    if constexpr (Planes == 2) all = all + shift_left<8>(sum[r * 2][c]);
-                    float* at = out + r * stride + 16 * (column + c);
-                    store(at, fma(to_float(all), scale[column + c] * s, load(at)));
-                }
+            each_block<Rows, Planes>([&]<int First, int Count>() __attribute__((always_inline)) {
+                if constexpr (Rows * Planes >= kFewestFetched)
+                    if (column == 0 && x.ahead) {
+                        const uint8_t* end = tile + x.ahead + group_bytes * (First + Count) / Rows;
+                        for (auto at = tile + x.ahead + group_bytes * First / Rows; at < end; at += 64)
+                            __builtin_prefetch(at);
+                    }
+                I16 sum[Count * Planes][kColumns];
+                sum_group<Count, Rows, Planes, Nibbles>(
+                    w.group, tile + 64 * column, inputs + kFourBytes * First * Planes,
+                    starts + First, sum);
+                each<Count>([&](auto r) __attribute__((always_inline)) {
+                    const F16 s = broadcast(scales[First + r]);
+                    for (int c = 0; c < kColumns; ++c) {
+                        I16 all = sum[r * Planes + Planes - 1][c];
+                        if constexpr (Planes == 2) all = all + shift_left<8>(sum[r * 2][c]);
+                        float* at = out + (First + r) * stride + 16 * (column + c);
+                        store(at, fma(to_float(all), scale[column + c] * s, load(at)));
+                    }
+                });
             });
         });
         if (!centred) add_offsets(w, offsets, scale, Rows, scales, sums, out, stride);
-        tile += w.group / (Nibbles ? 8 : 4) * 128;
+        tile += group_bytes;
         inputs += w.group / 4 * kFourBytes * Rows * Planes;
     }
 }
