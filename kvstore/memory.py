@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from kernels.huge_pages import private_memory
 from kernels.layout import LANES, PageLayout, kv_view, scale_views, token_blocks
 from kvstore.page import PageIdentity, group_digest
 from kvstore.shared_pool import SharedPool
@@ -68,7 +69,8 @@ class PageMemory:
         self.groups = LayerGroups(layout)
         self.shared = shared
         if shared is None:
-            self.bytes = torch.empty(num_pages, layout.page_bytes, dtype=torch.uint8)
+            memory = private_memory(num_pages * layout.page_bytes)
+            self.bytes = torch.frombuffer(memory, dtype=torch.uint8).view(num_pages, -1)
             self.generations = np.zeros(num_pages, dtype=np.uint64)
         else:
             self.bytes = torch.from_numpy(shared.pages)

@@ -15,13 +15,14 @@ import logging
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kernels.huge_pages import ask_for_huge_pages
 from kernels.packed_matrix import PackedMatrix
 
 log = logging.getLogger(__name__)
@@ -126,8 +127,7 @@ def _load(path: Path) -> Parts | None:
     try:
         with path.open("rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            with suppress(AttributeError, OSError):  # not every system knows them
-                memory.madvise(mmap.MADV_HUGEPAGE)
+            ask_for_huge_pages(memory)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
