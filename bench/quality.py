@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bench.load import PAGE_SIZE, Report, Row
@@ -104,12 +105,12 @@ def all_logits(model: Model, ids: Sequence[int]) -> torch.Tensor:
     """Logits ``[len(ids), vocab_size]`` of every position of one sequence."""
     layout = model.spec.page_layout(PAGE_SIZE)
     num_pages = -(-len(ids) // PAGE_SIZE)
-    rows = torch.arange(len(ids))
+    rows = np.arange(len(ids))
     batch = RaggedBatch(
-        token_ids=torch.tensor(ids),
+        token_ids=np.array(ids),
         positions=rows,
-        query_starts=torch.tensor([0, len(ids)]),
-        page_tables=torch.arange(num_pages, dtype=torch.int32).unsqueeze(0),
+        query_starts=np.array([0, len(ids)]),
+        page_tables=np.arange(num_pages, dtype=np.int32)[None],
         logit_rows=rows,
     )
     return model.forward(batch, PageMemory(layout, num_pages).kv, layout)

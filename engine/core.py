@@ -16,7 +16,7 @@ from itertools import groupby, zip_longest
 from pathlib import Path
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from engine.errors import EngineFault, QuireError
 from engine.generation import GenerateTask, Generation, PrefillTask
@@ -128,7 +128,7 @@ class EngineCore:
         self._outputs: list[Output] = []
         self.speculator = self._open_speculator(draft)
         self._decoding: list[str] = []
-        self._hidden: dict[str, torch.Tensor] = {}
+        self._hidden: dict[str, NDArray[np.float32]] = {}
         self.last_step = StepStats()
         self.totals = StepStats()
 

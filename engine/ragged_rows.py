@@ -1,11 +1,10 @@
-"""Planned rows as tensors."""
+"""Planned rows as a ragged batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from engine.plan import PlannedRows
 from kernels.progress import LayerProgress
@@ -18,7 +17,7 @@ def ragged_batch(
     progress: LayerProgress | None = None,
     hidden_width: int = 0,
 ) -> RaggedBatch:
-    """The planned rows as tensors, in the order of the plan; with room for hidden rows of a width
+    """The planned rows, in the order of the plan; with room for hidden rows of a width
     that is not 0."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -32,16 +31,12 @@ def ragged_batch(
     most_pages = max(len(row.pages) for row in rows)
     tables = [(*row.pages, *(-1,) * (most_pages - len(row.pages))) for row in rows]
     return RaggedBatch(
-        token_ids=_numbers(tokens),
-        positions=_numbers(positions),
-        query_starts=_numbers(starts),
-        page_tables=torch.from_numpy(np.array(tables, dtype=np.int32)),
-        logit_rows=_numbers(wanted),
+        token_ids=np.array(tokens, dtype=np.int64),
+        positions=np.array(positions, dtype=np.int64),
+        query_starts=np.array(starts, dtype=np.int64),
+        page_tables=np.array(tables, dtype=np.int32),
+        logit_rows=np.array(wanted, dtype=np.int64),
         best_only=best_only,
         progress=progress,
-        hidden=torch.empty(len(wanted), hidden_width) if hidden_width else None,
+        hidden=np.empty((len(wanted), hidden_width), dtype=np.float32) if hidden_width else None,
     )
-
-
-def _numbers(values: list[int]) -> torch.Tensor:
-    return torch.from_numpy(np.array(values, dtype=np.int64))

@@ -15,6 +15,7 @@ from importlib import import_module
 from math import log
 from typing import Any
 
+import numpy as np
 import torch
 
 from kernels.decoder import DecoderLayer, DecoderWeights
@@ -296,17 +297,17 @@ class _Pool:
             torch.zeros(count, self.layout.page_bytes, dtype=torch.uint8), self.layout
         )
         self.k, self.v = torch.randn(2, num_sequences * length, KV_HEADS, HEAD_DIM)
-        self._tables = torch.randperm(count).to(torch.int32).view(num_sequences, pages)
+        self._tables = torch.randperm(count).to(torch.int32).view(num_sequences, pages).numpy()
         self._length = length
 
     def last_rows(self, count: int) -> RaggedBatch:
         """The last ``count`` positions of every sequence."""
         sequences = len(self._tables)
-        positions = torch.arange(self._length - count, self._length).repeat(sequences)
+        positions = np.tile(np.arange(self._length - count, self._length), sequences)
         return RaggedBatch(
-            token_ids=torch.zeros_like(positions),
+            token_ids=np.zeros_like(positions),
             positions=positions,
-            query_starts=torch.arange(0, len(positions) + 1, count),
+            query_starts=np.arange(0, len(positions) + 1, count),
             page_tables=self._tables,
             logit_rows=positions[:0],
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from engine.model import Model
@@ -24,17 +25,17 @@ class Rows:
 
 
 def ragged(rows: Sequence[Rows], logit_rows: Sequence[int]) -> RaggedBatch:
-    counts = torch.tensor([0, *(len(each.token_ids) for each in rows)])
-    tables = torch.full((len(rows), max(len(each.pages) for each in rows)), -1, dtype=torch.int32)
+    counts = [0, *(len(each.token_ids) for each in rows)]
+    tables = np.full((len(rows), max(len(each.pages) for each in rows)), -1, dtype=np.int32)
     for table, each in zip(tables, rows, strict=True):
-        table[: len(each.pages)] = torch.tensor(each.pages, dtype=torch.int32)
-    positions = [torch.arange(each.start, each.start + len(each.token_ids)) for each in rows]
+        table[: len(each.pages)] = each.pages
+    positions = [np.arange(each.start, each.start + len(each.token_ids)) for each in rows]
     return RaggedBatch(
-        token_ids=torch.tensor([token for each in rows for token in each.token_ids]),
-        positions=torch.cat(positions),
-        query_starts=counts.cumsum(0),
+        token_ids=np.array([token for each in rows for token in each.token_ids]),
+        positions=np.concatenate(positions),
+        query_starts=np.cumsum(counts),
         page_tables=tables,
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        logit_rows=np.array(logit_rows, dtype=np.int64),
     )
 
 

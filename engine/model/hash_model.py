@@ -65,9 +65,10 @@ class HashModel:
         logits = torch.empty(len(batch.logit_rows), VOCAB_SIZE)
         ends = batch.query_starts[1:]
         for index, row in enumerate(batch.logit_rows):
-            sequence = int(torch.searchsorted(ends, row, right=True))
+            sequence = int(np.searchsorted(ends, row, side="right"))
             length = int(batch.positions[row]) + 1
-            logits[index] = _logits(_digest(kv, layout, batch.page_tables[sequence], length))
+            table = torch.from_numpy(batch.page_tables[sequence])
+            logits[index] = _logits(_digest(kv, layout, table, length))
         return best_ids(logits) if batch.best_only else logits
 
 
@@ -76,7 +77,8 @@ def _content(batch: RaggedBatch, layer: int) -> torch.Tensor:
 
     In int8 too: the first lane is always 127, so the scale is 1.
     """
-    row = (batch.token_ids * MAX_CONTEXT + batch.positions) * NUM_LAYERS + layer
+    places = (batch.token_ids * MAX_CONTEXT + batch.positions) * NUM_LAYERS + layer
+    row = torch.from_numpy(places)
     lanes = torch.arange(2 * HEAD_DIM).view(2, 1, 1, HEAD_DIM)
     content = (_mixed(row.view(1, -1, 1, 1) * (2 * HEAD_DIM) + lanes) % 255 - 127).float()
     content[..., 0] = 127

@@ -27,7 +27,7 @@ from engine.generation import Generation
 from engine.model import Model
 from engine.model.llama import LlamaModel
 from engine.speculation.choosing import choose_drafts
-from engine.speculation.proposer import Draft
+from engine.speculation.proposer import Draft, Floats
 from kernels.decoder import (
     DecoderLayer,
     DecoderWeights,
@@ -40,8 +40,6 @@ from kernels.embedding import embedding
 from kernels.layout import PageLayout
 from kernels.packed_matrix import PackedMatrix, pack_rotated_int8
 from kernels.ragged import RaggedBatch
-
-Floats = NDArray[np.float32]
 
 FORMAT = "quire-draft-head-2"
 EXPECTED = 0.5
@@ -166,7 +164,7 @@ class SequencePages:
 class _Sequence:
     last_token: int
     num_tokens: int
-    hidden: torch.Tensor | None = None
+    hidden: Floats | None = None
 
 
 class DraftHead:
@@ -206,7 +204,7 @@ class DraftHead:
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
         self._sequences[name] = _Sequence(tokens[-1], len(tokens))
 
-    def extend(self, name: str, tokens: Sequence[int], hidden: torch.Tensor | None = None) -> None:
+    def extend(self, name: str, tokens: Sequence[int], hidden: Floats | None = None) -> None:
         sequence = self._sequences[name]
         sequence.last_token, sequence.hidden = tokens[-1], hidden
         sequence.num_tokens += len(tokens)
@@ -252,7 +250,7 @@ class DraftHead:
         states = np.empty((len(names), self.hidden_width), dtype=np.float32)
         for state, sequence in zip(states, sequences, strict=True):
             assert sequence.hidden is not None
-            state[:] = sequence.hidden.numpy()
+            state[:] = sequence.hidden
         return Rows(
             tokens=np.array([each.last_token for each in sequences], dtype=np.int64),
             states=states,
@@ -324,12 +322,12 @@ class Rows:
     def batch(self, best_only: bool, hidden: Floats) -> RaggedBatch:
         starts = np.arange(len(self.tokens) + 1)
         return RaggedBatch(
-            token_ids=torch.from_numpy(self.tokens),
-            positions=torch.from_numpy(self.positions),
-            query_starts=torch.from_numpy(starts),
-            page_tables=torch.from_numpy(self.tables),
-            logit_rows=torch.from_numpy(starts[:-1]),
+            token_ids=self.tokens,
+            positions=self.positions,
+            query_starts=starts,
+            page_tables=self.tables,
+            logit_rows=starts[:-1],
             best_only=best_only,
-            hidden=torch.from_numpy(hidden),
-            states=torch.from_numpy(self.states),
+            hidden=hidden,
+            states=self.states,
         )

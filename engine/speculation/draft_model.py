@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 import numpy as np
-import torch
 
 from engine.generation import Generation
 from engine.model import Model
@@ -23,7 +22,7 @@ from engine.plan import PlannedRows
 from engine.ragged_rows import ragged_batch
 from engine.speculation.choosing import choose_drafts
 from engine.speculation.measure import measure_steps
-from engine.speculation.proposer import Draft
+from engine.speculation.proposer import Draft, Floats
 from kvstore.memory import PageMemory
 from kvstore.pool import PagePool
 
@@ -81,7 +80,7 @@ class DraftModel:
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
         self._sequences[name] = _Sequence(list(tokens))
 
-    def extend(self, name: str, tokens: Sequence[int], hidden: torch.Tensor | None = None) -> None:
+    def extend(self, name: str, tokens: Sequence[int], hidden: Floats | None = None) -> None:
         self._sequences[name].tokens += tokens
 
     def forget(self, name: str) -> None:

@@ -198,13 +198,13 @@ def features(
             wanted = torch.arange(len(prompt) - 1, len(tokens))
             hidden = torch.empty(len(wanted), model.weights.width)
             batch = RaggedBatch(
-                token_ids=tokens,
-                positions=torch.arange(len(tokens)),
-                query_starts=torch.tensor([0, len(tokens)]),
-                page_tables=torch.arange(num_pages, dtype=torch.int32).unsqueeze(0),
-                logit_rows=wanted,
+                token_ids=tokens.numpy(),
+                positions=np.arange(len(tokens)),
+                query_starts=np.array([0, len(tokens)]),
+                page_tables=np.arange(num_pages, dtype=np.int32)[None],
+                logit_rows=wanted.numpy(),
                 best_only=True,
-                hidden=hidden,
+                hidden=hidden.numpy(),
             )
             best = model.forward(batch, memory.kv, layout)
             keys, values = (

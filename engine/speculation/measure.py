@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import torch
 
 from engine.model import Model
@@ -34,12 +35,12 @@ def _seconds(batch: RaggedBatch, model: Model, kv: torch.Tensor, layout: PageLay
 
 def _rows_of_one(number: int, layout: PageLayout) -> RaggedBatch:
     pages = -(-number // layout.page_size)
-    positions = torch.arange(number)
+    positions = np.arange(number)
     return RaggedBatch(
-        token_ids=torch.zeros(number, dtype=torch.int64),
+        token_ids=np.zeros(number, dtype=np.int64),
         positions=positions,
-        query_starts=torch.tensor([0, number]),
-        page_tables=torch.arange(pages, dtype=torch.int32).unsqueeze(0),
+        query_starts=np.array([0, number]),
+        page_tables=np.arange(pages, dtype=np.int32)[None],
         logit_rows=positions,
         best_only=True,
     )

@@ -14,10 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from engine.speculation.past_outputs import END, PastOutputs
-from engine.speculation.proposer import Draft
+from engine.speculation.proposer import Draft, Floats
 from engine.speculation.suffix_automaton import Match, Reader, SuffixAutomaton
 
 # Chances that a match of so many tokens goes on as it did before, until they are counted.
@@ -50,7 +48,7 @@ class PromptLookup:
         for token in tokens[-_READ_OF_PROMPT:]:
             text.read(token)
 
-    def extend(self, name: str, tokens: Sequence[int], hidden: torch.Tensor | None = None) -> None:
+    def extend(self, name: str, tokens: Sequence[int], hidden: Floats | None = None) -> None:
         text = self._texts[name]
         for token in tokens:
             for source, match, rates in self._matches(text):

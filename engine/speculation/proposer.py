@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Proposer(Protocol):
         """A new sequence, with its prompt and the output it has already."""
         ...
 
-    def extend(self, name: str, tokens: Sequence[int], hidden: torch.Tensor | None = None) -> None:
+    def extend(self, name: str, tokens: Sequence[int], hidden: Floats | None = None) -> None:
         """Tokens were chosen. ``hidden [H]`` is what the target's last layer made of the token
         before the last, for those who want it."""
         ...

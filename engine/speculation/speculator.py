@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from math import inf
 
-import torch
-
 from engine.modes import SPECULATION_MODES
 from engine.plan import Drafted
 from engine.speculation.draft_head import DraftHead
@@ -19,7 +17,7 @@ from engine.speculation.draft_model import DraftModel
 from engine.speculation.lengths import Acceptance, StepTimes, best_lengths
 from engine.speculation.past_outputs import PastOutputs
 from engine.speculation.prompt_lookup import PromptLookup
-from engine.speculation.proposer import Draft, Proposer
+from engine.speculation.proposer import Draft, Floats, Proposer
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +72,7 @@ class Speculator:
         name: str,
         drafts: Sequence[int],
         token_ids: Sequence[int],
-        hidden: torch.Tensor | None = None,
+        hidden: Floats | None = None,
     ) -> None:
         """A step took ``token_ids`` into the sequence, after these drafts. ``hidden [H]`` is what
         the target's last layer made of the row that gave the last of them."""

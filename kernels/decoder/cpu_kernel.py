@@ -4,6 +4,7 @@ from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from kernels import _native
@@ -32,24 +33,24 @@ class NativeDecoder:
         logits = None
         if not batch.best_only:
             logits = torch.empty(len(batch.logit_rows), self._vocab_size)
-        best = torch.empty(len(batch.logit_rows), dtype=torch.int32)
+        best = np.empty(len(batch.logit_rows), dtype=np.int32)
         # As numpy arrays: their memory is asked for without a detour through Python (DLPack).
         self._decoder.forward(
-            batch.token_ids.numpy(),
-            None if batch.states is None else batch.states.numpy(),
-            batch.positions.numpy(),
-            batch.query_starts.numpy(),
-            batch.page_tables.numpy(),
+            batch.token_ids,
+            batch.states,
+            batch.positions,
+            batch.query_starts,
+            batch.page_tables,
             kv.numpy(),
             layout.kv_dtype,
             layout.page_size,
-            batch.logit_rows.numpy(),
+            batch.logit_rows,
             None if logits is None else logits.numpy(),
-            best.numpy(),
-            None if batch.hidden is None else batch.hidden.numpy(),
+            best,
+            batch.hidden,
             *_told(batch.progress),
         )
-        return best if logits is None else logits
+        return torch.from_numpy(best) if logits is None else logits
 
 
 def _told(progress: LayerProgress | None) -> tuple[torch.Tensor | None, int, int]:

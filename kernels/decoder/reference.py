@@ -29,22 +29,23 @@ class ReferenceDecoder:
         for index, layer in enumerate(weights.layers, first_layer):
             hidden = hidden + self._attention(index, layer, hidden, step)
             hidden = hidden + self._mlp(layer, hidden)
-        rows = hidden[batch.logit_rows]
+        rows = hidden[torch.from_numpy(batch.logit_rows)]
         if batch.hidden is not None:
-            batch.hidden.copy_(rows)
+            batch.hidden[:] = rows.numpy()
         rows = rms_norm(rows, weights.norm, weights.norm_eps)
         logits = linear(rows, weights.head)
         return best_ids(logits) if batch.best_only else logits
 
     def _first(self, batch: RaggedBatch) -> torch.Tensor:
-        rows = embedding(batch.token_ids, self._weights.embedding)
+        rows = embedding(torch.from_numpy(batch.token_ids), self._weights.embedding)
         states, eps = self._weights.states, self._weights.norm_eps
         if (states is None) != (batch.states is None):
             raise ValueError("states must be given if the weights go on from some")
         if states is None or batch.states is None:
             return rows
         token = linear(rms_norm(rows, states.token_norm, eps), states.from_token)
-        return token + linear(rms_norm(batch.states, states.state_norm, eps), states.from_state)
+        state = rms_norm(torch.from_numpy(batch.states), states.state_norm, eps)
+        return token + linear(state, states.from_state)
 
     def _attention(
         self, index: int, layer: DecoderLayer, hidden: torch.Tensor, step: _Step
@@ -77,7 +78,7 @@ class ReferenceDecoder:
         if norm is not None:
             rows = heads.reshape(-1, self._weights.head_dim)
             heads = rms_norm(rows, norm, self._weights.norm_eps).view(heads.shape)
-        return rope(heads, step.batch.positions, self._weights.cos, self._weights.sin)
+        return rope(heads, step.positions, self._weights.cos, self._weights.sin)
 
     def _mlp(self, layer: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
         rows = rms_norm(hidden, layer.mlp_norm, self._weights.norm_eps)
@@ -95,6 +96,7 @@ class _Step:
         self.batch = batch
         self.kv = kv
         self.layout = layout
+        self.positions = torch.from_numpy(batch.positions)
         self.pages, self.offsets = row_slots(batch, layout.page_size)
         self._base = batch.progress.num_done if batch.progress else 0
 

@@ -23,7 +23,8 @@ def paged_attention(
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, not {window}")
     check_index("layer", layer, layout.num_layers)
-    check_range("positions", batch.positions, batch.page_tables.shape[1] * layout.page_size)
+    positions = torch.from_numpy(batch.positions)
+    check_range("positions", positions, batch.page_tables.shape[1] * layout.page_size)
     starts = batch.query_starts.tolist()
     check_row_ranges("query_starts", starts, q.shape[0])
     out = torch.empty_like(q)
@@ -31,7 +32,8 @@ def paged_attention(
         for row in range(start, end):
             stop = int(batch.positions[row]) + 1
             first = 0 if window is None else max(0, stop - window)
-            keys, values = _gather(kv, layer, batch.page_tables[sequence], first, stop, layout)
+            table = torch.from_numpy(batch.page_tables[sequence])
+            keys, values = _gather(kv, layer, table, first, stop, layout)
             out[row] = _attend(q[row] * scale, keys, values, first)
     return out
 

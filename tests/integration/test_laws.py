@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import redis
 import torch
@@ -74,7 +75,7 @@ class Bench:
             batch.positions,
             batch.query_starts,
             batch.page_tables,
-            torch.arange(batch.num_rows),
+            np.arange(batch.num_rows),
         )
         logits = self.model.forward(everything, self.memory.kv, self.layout)
         return list(logits.split([len(tokens) for _, _, tokens in parts]))

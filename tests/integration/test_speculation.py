@@ -26,7 +26,7 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerLimits
 from engine.speculation import DraftModel, Speculator, StepTimes
 from engine.speculation.head_training import HeadNet, save_head
-from engine.speculation.proposer import Draft
+from engine.speculation.proposer import Draft, Floats
 from tests.integration.cluster import running
 from tests.integration.streams import KINDS, PROMPT, collected, deltas_of, essence
 from tests.tiny_models import write_folder
@@ -63,7 +63,7 @@ class Knowing:
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
         self._known[name] = list(tokens)
 
-    def extend(self, name: str, tokens: Sequence[int], hidden: torch.Tensor | None = None) -> None:
+    def extend(self, name: str, tokens: Sequence[int], hidden: Floats | None = None) -> None:
         self._known[name] += tokens
 
     def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:

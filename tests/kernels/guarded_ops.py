@@ -53,9 +53,11 @@ def matrix(kind: Any, outputs: int, inputs: int) -> PackedMatrix:
 
 
 def placed(memory: Memory, part: Any) -> Any:
-    """A tensor, a packed matrix or a dataclass of them, its arrays in ``memory``."""
+    """A tensor, an array, a packed matrix or a dataclass of them, its arrays in ``memory``."""
     if isinstance(part, torch.Tensor):
         return memory.put(part)
+    if isinstance(part, np.ndarray):
+        return memory.put(torch.from_numpy(part)).numpy()
     if isinstance(part, tuple):
         return tuple(placed(memory, each) for each in part)
     if is_dataclass(part) and not isinstance(part, type):
@@ -123,13 +125,13 @@ def kv_write(
 def two_sequences(end: int, rows: int, page_size: int) -> RaggedBatch:
     """The ``rows`` last rows of two sequences of ``end`` tokens; the second has the last pages."""
     max_pages = -(-end // page_size)
-    positions = torch.arange(end - rows, end).repeat(2)
+    positions = np.tile(np.arange(end - rows, end), 2)
     return RaggedBatch(
-        token_ids=torch.arange(2 * rows) % VOCABULARY,
+        token_ids=np.arange(2 * rows) % VOCABULARY,
         positions=positions,
-        query_starts=torch.tensor([0, rows, 2 * rows]),
-        page_tables=torch.arange(2 * max_pages, dtype=torch.int32).view(2, max_pages),
-        logit_rows=torch.arange(2 * rows),
+        query_starts=np.array([0, rows, 2 * rows]),
+        page_tables=np.arange(2 * max_pages, dtype=np.int32).reshape(2, max_pages),
+        logit_rows=np.arange(2 * rows),
     )
 
 
@@ -145,7 +147,7 @@ def paged_attention(
 ) -> list[torch.Tensor]:
     layout = PageLayout(2, 3, head_dim, page_size, kv_dtype)
     whole = two_sequences(end, end, page_size)
-    kv = garbage(memory, layout, whole.page_tables.numel())
+    kv = garbage(memory, layout, whole.page_tables.size)
     write(memory, kv, 1, row_slots(whole, page_size), layout)
 
     batch = placed(memory, two_sequences(end, rows, page_size))
@@ -220,7 +222,7 @@ def decoder(
     if mode in ("fp32", "int8"):
         onwards = placed(memory, going_on(mode, weights_of(mode, size, end)))
         batch = two_sequences(end, 1, page_size)
-        states = torch.randn(batch.num_rows, weights.width)
+        states = torch.randn(batch.num_rows, weights.width).numpy()
         written += run(onwards, replace(batch, states=states), False)
     return written
 

@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -218,13 +219,13 @@ def step_arguments(weights, **changes):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("token_ids", torch.tensor([1, 2, VOCABULARY])),
-        ("positions", torch.tensor([0, 1, 16])),
-        ("positions", torch.tensor([-1, 0, 1])),
-        ("query_starts", torch.tensor([0, 2])),
-        ("page_tables", torch.tensor([[2]], dtype=torch.int32)),
-        ("page_tables", torch.tensor([[-1]], dtype=torch.int32)),
-        ("logit_rows", torch.tensor([3])),
+        ("token_ids", np.array([1, 2, VOCABULARY])),
+        ("positions", np.array([0, 1, 16])),
+        ("positions", np.array([-1, 0, 1])),
+        ("query_starts", np.array([0, 2])),
+        ("page_tables", np.array([[2]], dtype=np.int32)),
+        ("page_tables", np.array([[-1]], dtype=np.int32)),
+        ("logit_rows", np.array([3])),
     ],
 )
 def test_a_row_that_does_not_fit_is_refused_by_name_and_writes_nothing(name, value):
@@ -262,7 +263,7 @@ def test_the_pool_that_runs_a_step_may_have_any_size():
 @pytest.mark.parametrize("made", [native_decoder, reference_decoder])
 def test_the_best_ids_are_those_of_the_logits(made):
     weights = make("int8")
-    batch, kv, layout = step_arguments(weights, logit_rows=torch.tensor([0, 1, 2]))
+    batch, kv, layout = step_arguments(weights, logit_rows=np.array([0, 1, 2]))
     logits = made(weights).forward(batch, kv, layout)
     ids = made(weights).forward(replace(batch, best_only=True), kv, layout)
     assert ids.tolist() == logits.argmax(dim=1).tolist()
@@ -271,10 +272,10 @@ def test_the_best_ids_are_those_of_the_logits(made):
 @pytest.mark.parametrize("made", [native_decoder, reference_decoder])
 def test_hidden_rows_are_those_the_head_is_given(made):
     weights = make("int8")
-    batch, kv, layout = step_arguments(weights, logit_rows=torch.tensor([0, 2]))
+    batch, kv, layout = step_arguments(weights, logit_rows=np.array([0, 2]))
     plain = made(weights).forward(batch, kv, layout)
     hidden = torch.full((2, weights.width), torch.nan)
-    logits = made(weights).forward(replace(batch, hidden=hidden), kv, layout)
+    logits = made(weights).forward(replace(batch, hidden=hidden.numpy()), kv, layout)
     assert same_bits(logits, plain)
     again = linear(rms_norm(hidden, weights.norm, weights.norm_eps), weights.head)
     torch.testing.assert_close(again, logits)
@@ -312,7 +313,9 @@ def goes_on(made, mode, kv, names):
             Rows([TOKENS[50 + number]], run.lengths[number], run.pages[number]) for number in names
         ]
         hidden = torch.empty(len(names), weights.width)
-        batch = replace(ragged(rows, range(len(names))), states=states, hidden=hidden)
+        batch = replace(
+            ragged(rows, range(len(names))), states=states.numpy(), hidden=hidden.numpy()
+        )
         found += [second.forward(batch, kv_pages, run.layout), hidden]
         states = hidden
         for number in names:
@@ -364,7 +367,9 @@ def test_states_are_given_to_decoders_that_go_on_and_to_no_others(made):
 
 def test_states_of_another_shape_are_refused_by_name():
     weights = make("int8")
-    batch, kv, layout = step_arguments(weights, states=torch.zeros(2, weights.width))
+    batch, kv, layout = step_arguments(
+        weights, states=np.zeros((2, weights.width), dtype=np.float32)
+    )
     with pytest.raises(ValueError, match=r"^states must have shape"):
         native_decoder(going_on("int8", weights)).forward(batch, kv, layout)
 
@@ -422,7 +427,7 @@ def test_layers_are_told_in_order_every_so_many_and_after_the_last(every, expect
 def test_a_step_that_is_refused_tells_nothing():
     progress = LayerProgress(1)
     weights = make("int8")
-    batch, kv, layout = step_arguments(weights, logit_rows=torch.tensor([3]), progress=progress)
+    batch, kv, layout = step_arguments(weights, logit_rows=np.array([3]), progress=progress)
     with pytest.raises(ValueError, match="logit_rows"):
         native_decoder(weights).forward(batch, kv, layout)
     assert progress.num_done == 0
@@ -432,15 +437,15 @@ def test_progress_is_seen_while_the_native_step_runs():
     """A thread that waits for the first layer finds its keys and values written."""
     weights = make("fp32", width=640, inner=2000)
     progress = LayerProgress(1)
-    tokens = torch.tensor(TOKENS[:256])
+    tokens = np.array(TOKENS[:256])
     layout = PageLayout(3, 2, 48, 256)
     kv = torch.zeros(1, 3, 2, layout.head_bytes, dtype=torch.uint8)
     batch = RaggedBatch(
         token_ids=tokens,
-        positions=torch.arange(256),
-        query_starts=torch.tensor([0, 256]),
-        page_tables=torch.tensor([[0]], dtype=torch.int32),
-        logit_rows=torch.tensor([], dtype=torch.int64),
+        positions=np.arange(256),
+        query_starts=np.array([0, 256]),
+        page_tables=np.array([[0]], dtype=np.int32),
+        logit_rows=np.array([], dtype=np.int64),
         progress=progress,
     )
     seen: list[bool] = []

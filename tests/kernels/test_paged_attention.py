@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -32,14 +33,14 @@ class Sequences:
 
     def batch(self, spans) -> RaggedBatch:
         """Rows ``spans = [(sequence, start, end), ...]`` as a ragged batch."""
-        positions = torch.cat([torch.arange(start, end) for _, start, end in spans])
-        counts = torch.tensor([0] + [end - start for _, start, end in spans])
+        positions = np.concatenate([np.arange(start, end) for _, start, end in spans])
+        counts = [0] + [end - start for _, start, end in spans]
         return RaggedBatch(
-            token_ids=torch.zeros_like(positions),
+            token_ids=np.zeros_like(positions),
             positions=positions,
-            query_starts=counts.cumsum(0),
-            page_tables=self.tables[[sequence for sequence, _, _ in spans]],
-            logit_rows=torch.empty(0, dtype=torch.int64),
+            query_starts=np.cumsum(counts),
+            page_tables=self.tables[[sequence for sequence, _, _ in spans]].numpy(),
+            logit_rows=np.empty(0, dtype=np.int64),
         )
 
     def rows(self, tensors, spans) -> torch.Tensor:
@@ -283,7 +284,7 @@ def test_a_position_outside_the_page_table_is_refused(ops, position):
 def test_row_ranges_that_do_not_ascend_to_the_rows_are_refused(ops, starts):
     sequences = Sequences([2, 2])
     batch = sequences.batch(sequences.whole())
-    batch.query_starts.copy_(torch.tensor(starts))
+    batch.query_starts[:] = starts
     q = sequences.rows(sequences.q, sequences.whole())
     with pytest.raises(ValueError, match=r"^query_starts must ascend from 0 to 4"):
         ops.paged_attention(q, sequences.kv, 0, batch, sequences.layout, 1.0)
@@ -309,7 +310,7 @@ def test_positions_need_not_follow_each_other(ops):
     expected = sequences.attend(ops, sequences.whole())
     order = [150, 151, 3, 4, 199, 4]
     batch = sequences.batch([(0, 0, len(order))])
-    batch.positions.copy_(torch.tensor(order))
+    batch.positions[:] = order
     q = sequences.q[0][order]
     out = ops.paged_attention(q, sequences.kv, LAYER, batch, sequences.layout, sequences.scale)
     assert same_bits(out, expected[order])

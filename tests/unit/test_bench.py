@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -190,11 +191,11 @@ def call(began: float, ended: float, positions: list[int], num_logits: int) -> C
         began,
         ended,
         RaggedBatch(
-            token_ids=torch.zeros(len(positions), dtype=torch.int64),
-            positions=torch.tensor(positions),
-            query_starts=torch.tensor([0, len(positions)]),
-            page_tables=torch.zeros(1, 1, dtype=torch.int32),
-            logit_rows=torch.arange(num_logits),
+            token_ids=np.zeros(len(positions), dtype=np.int64),
+            positions=np.array(positions),
+            query_starts=np.array([0, len(positions)]),
+            page_tables=np.zeros((1, 1), dtype=np.int32),
+            logit_rows=np.arange(num_logits),
         ),
     )
 

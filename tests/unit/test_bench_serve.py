@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-import torch
 
 from bench.limits import Workload
 from bench.load import Load
@@ -63,9 +63,9 @@ def test_the_limit_of_serving_is_prefill_and_all_steps_of_decode() -> None:
 
 
 def step(ended: float, num_logits: int) -> Call:
-    rows = torch.zeros(2, dtype=torch.int64)
-    starts = torch.tensor([0, 1, 2])
-    pages = torch.zeros(2, 1, dtype=torch.int32)
+    rows = np.zeros(2, dtype=np.int64)
+    starts = np.array([0, 1, 2])
+    pages = np.zeros((2, 1), dtype=np.int32)
     return Call(ended - 0.1, ended, RaggedBatch(rows, rows, starts, pages, rows[:num_logits]))
 
 

@@ -7,8 +7,10 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from engine.errors import ModelError
@@ -93,16 +95,16 @@ class Greedy(dict[str, object]):
         return False
 
 
-def run_target(tiny: LoadedModel, memory: PageMemory, tokens: torch.Tensor) -> torch.Tensor:
+def run_target(tiny: LoadedModel, memory: PageMemory, tokens: torch.Tensor) -> NDArray[np.float32]:
     """Fills the pages; the last token's hidden row ``[H]``."""
     assert isinstance(tiny.model, LlamaModel)
-    hidden = torch.empty(1, tiny.model.weights.width)
+    hidden = np.empty((1, tiny.model.weights.width), dtype=np.float32)
     batch = RaggedBatch(
-        token_ids=tokens,
-        positions=torch.arange(len(tokens)),
-        query_starts=torch.tensor([0, len(tokens)]),
-        page_tables=torch.arange(NUM_PAGES, dtype=torch.int32).unsqueeze(0),
-        logit_rows=torch.tensor([len(tokens) - 1]),
+        token_ids=tokens.numpy(),
+        positions=np.arange(len(tokens)),
+        query_starts=np.array([0, len(tokens)]),
+        page_tables=np.arange(NUM_PAGES, dtype=np.int32)[None],
+        logit_rows=np.array([len(tokens) - 1]),
         best_only=True,
         hidden=hidden,
     )
@@ -125,7 +127,9 @@ def test_a_head_drafts_as_it_was_taught(tiny: LoadedModel, memory: PageMemory) -
         whole = torch.tensor([*answers[text][0], *answers[text][1]])
         end = texts[text].first + start + 1
         state = run_target(tiny, memory, whole[:end])
-        torch.testing.assert_close(state, batch.hidden[text, start].float(), atol=0.03, rtol=0.01)
+        torch.testing.assert_close(
+            torch.from_numpy(state), batch.hidden[text, start].float(), atol=0.03, rtol=0.01
+        )
         drafter.begin("a", whole[:end].tolist(), "")
         drafter.extend("a", [int(whole[end])], state)
         rows = drafter.rows(["a"])
@@ -165,7 +169,7 @@ def test_a_head_drafts_as_far_as_its_sequence_has_pages(
     tiny: LoadedModel, memory: PageMemory, head: HeadWeights
 ) -> None:
     drafter = drafter_of(head, tiny, memory, num_pages=1)
-    state = torch.zeros(drafter.hidden_width)
+    state = np.zeros(drafter.hidden_width, dtype=np.float32)
     for num_tokens, expected in ((PAGE_SIZE - 3, 3), (PAGE_SIZE - 1, 2), (PAGE_SIZE, 1)):
         drafter.begin("a", [7] * (num_tokens - 1), "")
         drafter.extend("a", [8], state)

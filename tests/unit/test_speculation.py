@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +18,7 @@ from engine.speculation import Speculator, StepTimes, open_speculator
 from engine.speculation.lengths import Acceptance, Lengths, best_lengths
 from engine.speculation.past_outputs import MOST_TENANTS, MOST_TOKENS, PastOutputs
 from engine.speculation.prompt_lookup import PromptLookup
-from engine.speculation.proposer import Draft
+from engine.speculation.proposer import Draft, Floats
 from engine.speculation.speculator import MOST_DRAFTS
 from engine.speculation.suffix_automaton import Reader, SuffixAutomaton
 from kvstore.pool import PagePool
@@ -289,7 +288,7 @@ class Fixed:
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
         self.known[name] = list(tokens)
 
-    def extend(self, name: str, tokens: Sequence[int], hidden: torch.Tensor | None = None) -> None:
+    def extend(self, name: str, tokens: Sequence[int], hidden: Floats | None = None) -> None:
         self.known[name] += tokens
 
     def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:
