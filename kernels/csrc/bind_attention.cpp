@@ -71,6 +71,7 @@ void paged_attention(Array q, Array kv, int64_t layer, Array positions, Array qu
         new float[plan.partials * heads * PagedAttention::partial_size(dim)]);
     const PagedAttention attention{pages, data<float>(q, "q", {rows, heads, dim}),
                                    data<float>(out, "out", {rows, heads, dim}), plan.blocks.data(),
+                                   int64_t(plan.blocks.size()),
                                    partials.get(), heads, shape.window, scale};
     const MergeAttention merge{attention, plan.merge_rows.data()};
     const Kernels& kernels = *current_isa().kernels;

@@ -120,8 +120,8 @@ void Decoder::add_layer(const DecoderStep& step, int64_t index) {
     if (step.logit_rows == 0 && index + 1 == int64_t(layers_.size())) return;
 
     const AttentionPlan& plan = plan_of(w.window);
-    layer.attention = {pages, q, attended, plan.blocks.data(), partials_.of<float>(0),
-                       shape_.query_heads, w.window, shape_.attention_scale};
+    layer.attention = {pages, q, attended, plan.blocks.data(), int64_t(plan.blocks.size()),
+                       partials_.of<float>(0), shape_.query_heads, w.window, shape_.attention_scale};
     add<&Kernels::paged_attention>(layer.attention, int64_t(plan.blocks.size()) * shape_.kv_heads);
     layer.merge = {layer.attention, plan.merge_rows.data()};
     add<&Kernels::merge_attention>(layer.merge, int64_t(plan.merge_rows.size()) * shape_.kv_heads);

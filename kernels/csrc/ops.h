@@ -205,6 +205,7 @@ struct PagedAttention {
     const float* q;  // [rows, query_heads, head_dim]
     float* out;      // [rows, query_heads, head_dim]
     const AttentionBlock* blocks;
+    int64_t num_blocks;
     float* partials;  // [partials, query_heads, partial_size]
     int64_t query_heads, window;  // window 0: all
     float scale;

@@ -3,9 +3,9 @@
 // registers; where there are more, over keys and values widened to fp32 once for all.
 //
 // A line's sums are in one order whatever its lot, block and split: what it does not see is either
-// not read or stands as a weight of zero where adding it changes no bit. While keys are read, the
-// values that follow are fetched, and while values are, the next chunk's keys: pages are too short
-// and too scattered for the processor to see them coming.
+// not read or stands as a weight of zero where adding it changes no bit. While keys and values are
+// read, those some sub-blocks further on are fetched, of the next chunk or unit too: pages are too
+// short and too scattered for the processor to see them coming.
 #include "exp.h"
 #include "kernels.h"
 
@@ -18,6 +18,7 @@ constexpr int64_t kPartialSize = PagedAttention::partial_size(kMaxDim);
 constexpr int kLot = 6;
 constexpr int kVectors = kRegisters >= 32 ? 4 : 1;  // kLot times as many sums stay in registers
 constexpr int kGroup = 4;  // sub-blocks of 16 tokens that stay in the first cache, widened
+constexpr int kAhead = 8;  // sub-blocks, of keys or of values, from the one that is read to the one fetched
 
 template <class T>
 constexpr bool kScaled = sizeof(T) == 1;  // int8 has a scale per token
@@ -29,7 +30,6 @@ struct Head {
     const Pages& pages;
     const uint8_t* base;  // of page 0
     const int32_t* page_table;
-    int64_t last;  // token with a page
 
     const uint8_t* record(int64_t token) const {
         return base + page_table[token / pages.page_size] * pages.page_bytes;
@@ -47,6 +47,46 @@ struct Head {
                token % pages.page_size;
     }
     const float* value_scales(int64_t token) const { return key_scales(token) + pages.page_size; }
+};
+
+template <class T>
+static Head<T> head_of(const PagedAttention& a, const AttentionBlock& block, int64_t kv_head) {
+    return {a.pages, a.pages.base + kv_head * a.pages.head_bytes, block.page_table};
+}
+
+// Sub-blocks of keys and values in the order in which units read them: a chunk's keys, then its
+// values. After the last unit's last one comes that again.
+template <class T>
+class Stream {
+public:
+    Stream(const PagedAttention& a, int64_t unit) : a_(a) { open(unit); }
+
+    const T* here() const {
+        const AttentionBlock& block = a_.blocks[unit_ / a_.pages.kv_heads];
+        const Head<T> head = head_of<T>(a_, block, unit_ % a_.pages.kv_heads);
+        return values_ ? head.values(token_) : head.keys(token_);
+    }
+    void step() {
+        token_ += 16;
+        if (token_ < smaller_of(chunk_ + kChunk, end_)) return;
+        if (values_) chunk_ = token_;
+        values_ = !values_;
+        token_ = chunk_;
+        if (chunk_ >= end_) open(unit_ + 1);
+    }
+
+private:
+    void open(int64_t unit) {
+        unit_ = smaller_of(unit, a_.num_blocks * a_.pages.kv_heads - 1);
+        const AttentionBlock& block = a_.blocks[unit_ / a_.pages.kv_heads];
+        token_ = chunk_ = block.chunk * kChunk;
+        end_ = smaller_of(chunk_ + block.chunks * kChunk, block.position + block.rows);
+        values_ = false;
+    }
+
+    const PagedAttention& a_;
+    int64_t unit_, chunk_, token_, end_;
+    bool values_;
 };
 
 // Line i sees tokens first[i] .. end[i] - 1; neither falls from a line to the next.
@@ -247,18 +287,20 @@ static WideBlocks widened(const PageBlocks<T>& blocks, int64_t elements, float* 
 }
 
 // Calls act(blocks, index of the first) for all sub-blocks of a chunk, some at a time.
-// find(index, at, next) says where a sub-block and what to fetch meanwhile are.
+// find(index) says where a sub-block is; what `ahead` gives is fetched meanwhile.
 template <class T, class Find, class Do>
-QUIRE_INLINE void each_group(const Chunk& chunk, int64_t head_dim, const Find& find,
-                             const Do& act) {
+QUIRE_INLINE void each_group(const Chunk& chunk, int64_t head_dim, Stream<T>& ahead,
+                             const Find& find, const Do& act) {
     const bool widen = sizeof(T) < sizeof(float) && chunk.end - chunk.line > kLot;
     alignas(64) float wide[kGroup * 16 * kMaxDim];
     PageBlocks<T> blocks;
     const int64_t end = chunk.end_block();
     for (int64_t block = chunk.first_block(); block < end; block += blocks.count) {
         blocks.count = smaller_of(end - block, kGroup);
-        for (int64_t b = 0; b < blocks.count; ++b)
-            find(block + b, blocks.at[b], blocks.next[b]);
+        for (int64_t b = 0; b < blocks.count; ++b, ahead.step()) {
+            blocks.at[b] = find(block + b);
+            blocks.next[b] = ahead.here();
+        }
         if (widen)
             act(widened(blocks, 16 * head_dim, wide), block);
         else
@@ -267,27 +309,22 @@ QUIRE_INLINE void each_group(const Chunk& chunk, int64_t head_dim, const Find& f
 }
 
 template <class T>
-static void attend_chunk(const Head<T>& head, const Lines& lines, Chunk& chunk) {
+static void attend_chunk(const Head<T>& head, const Lines& lines, Stream<T>& ahead, Chunk& chunk) {
     const int64_t dim = head.pages.head_dim;
-    const auto find_keys = [&](int64_t block, const T*& keys, const T*& next) {
+    const auto find_keys = [&](int64_t block) {
         const int64_t token = chunk.token + 16 * block;
-        keys = head.keys(token);
-        next = head.values(token);
         if constexpr (kScaled<T>) {
             store(chunk.key_scales + 16 * block, load(head.key_scales(token)));
             store(chunk.value_scales + 16 * block, load(head.value_scales(token)));
         }
+        return head.keys(token);
     };
-    const auto find_values = [&](int64_t block, const T*& values, const T*& next) {
-        const int64_t token = chunk.token + 16 * block;
-        values = head.values(token);
-        next = head.keys(smaller_of(token + kChunk, head.last / 16 * 16));
-    };
-    each_group<T>(chunk, dim, find_keys, [&](const auto& keys, int64_t block) {
+    const auto find_values = [&](int64_t block) { return head.values(chunk.token + 16 * block); };
+    each_group<T>(chunk, dim, ahead, find_keys, [&](const auto& keys, int64_t block) {
         score_lots(keys, block, lines, chunk);
     });
     for (int64_t line = chunk.line; line < chunk.end; ++line) weigh<T>(dim, chunk, line);
-    each_group<T>(chunk, dim, find_values, [&](const auto& values, int64_t block) {
+    each_group<T>(chunk, dim, ahead, find_values, [&](const auto& values, int64_t block) {
         add_lots(values, block, dim, chunk);
     });
 }
@@ -362,8 +399,9 @@ template <class T>
 static void attend(const PagedAttention& a, int64_t unit) {
     const AttentionBlock& block = a.blocks[unit / a.pages.kv_heads];
     const int64_t kv_head = unit % a.pages.kv_heads, dim = a.pages.head_dim, group = group_of(a);
-    const Head<T> head{a.pages, a.pages.base + kv_head * a.pages.head_bytes, block.page_table,
-                       block.position + block.rows - 1};
+    const Head<T> head = head_of<T>(a, block, kv_head);
+    Stream<T> ahead(a, unit);
+    for (int i = 0; i < kAhead; ++i) ahead.step();
     Lines lines;
     load_lines(a, block, kv_head, lines);
 
@@ -378,7 +416,7 @@ static void attend(const PagedAttention& a, int64_t unit) {
             chunk.out[line] =
                 whole ? Partial{partial[line]} : stored_partial(a, row, kv_head, line % group);
         }
-        attend_chunk(head, lines, chunk);
+        attend_chunk(head, lines, ahead, chunk);
         for (int64_t line = chunk.line; whole && line < chunk.end; ++line)
             merge({merged[line]}, chunk.out[line], dim);
     }
