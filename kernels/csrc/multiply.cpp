@@ -9,10 +9,16 @@ namespace quire::QUIRE_ISA {
 
 namespace {
 
+#if defined(QUIRE_SANITIZED)
+constexpr bool kUnrolls = false;
+#else
+constexpr bool kUnrolls = kRegisters > 0;
+#endif
+
 // f(0), f(1), ... with constants: what they index stays in registers.
 template <int Count, class F>
 QUIRE_INLINE void each(F f) {
-    if constexpr (kRegisters == 0)
+    if constexpr (!kUnrolls)
         for (int i = 0; i < Count; ++i) f(i);
     else
         [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
