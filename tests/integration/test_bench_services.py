@@ -19,6 +19,7 @@ from kernels.peaks import Peaks
 PEAKS = Peaks(2, 10.0, 400.0, 200.0, 100.0, int8_by="x", fp32_by="y")
 
 
+@pytest.mark.slow
 def test_serving_is_measured_from_a_start_to_the_last_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

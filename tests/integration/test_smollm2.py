@@ -151,7 +151,10 @@ async def test_32_concurrent_requests_equal_the_same_ones_one_by_one(
     assert {each.prefilled for each in found} >= {"remote", "local"}
 
 
-@pytest.mark.parametrize("chunk", [16, 100, 512])
+SLOW_CHUNKS = [pytest.param(chunk, marks=pytest.mark.slow) for chunk in (16, 512)]
+
+
+@pytest.mark.parametrize("chunk", [100, *SLOW_CHUNKS])
 async def test_the_size_of_chunks_changes_nothing(smollm2: LoadedModel, chunk: int) -> None:
     params = SamplingParams(temperature=0, max_tokens=4, logprobs=5)
     prompt = TEXT * 4
