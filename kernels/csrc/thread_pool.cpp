@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <chrono>
 
 namespace quire {
@@ -50,7 +51,8 @@ void ThreadPool::run(const Phase* phases, int64_t count) {
     }
     phases_ = phases;
     count_ = count;
-    first_serial_ = serial_.load() + 1;
+    first_serial_ = next_serial_;
+    next_serial_ += uint32_t(count);
     done_.store(false);
     open(0, 0);
     // Whoever holds the last units may have lost its core: after a while, offer this one.
@@ -78,7 +80,6 @@ void ThreadPool::open(int64_t phase, int opener) {
     else
         for (int part = 0; part < threads_; ++part)
             store(part, part_end(units, part) - part_end(units, part - 1));
-    serial_.store(serial);
     if (units > 1 && asleep_.load() > 0) wake();
 }
 
@@ -87,6 +88,11 @@ bool ThreadPool::take_unit(int thread) {
     for (int i = 0; i < threads_; ++i)
         if (take_unit_of((thread + i) % threads_, thread)) return true;
     return false;
+}
+
+bool ThreadPool::has_units() const {
+    return std::any_of(parts_.get(), parts_.get() + threads_,
+                       [](const Part& part) { return left(part.left.load()) > 0; });
 }
 
 bool ThreadPool::take_unit_of(int part, int thread) {
@@ -106,12 +112,11 @@ void ThreadPool::serve(int thread) {
     using Clock = std::chrono::steady_clock;
     auto idle_since = Clock::now();
     for (int spins = 0; !stopping_.load(); ++spins) {
-        const uint32_t seen = serial_.load();
         if (take_unit(thread)) {
             spins = 0;
             idle_since = Clock::now();
         } else if (spins % 64 == 63 && Clock::now() - idle_since > kSpin) {
-            sleep(seen);
+            sleep();
             idle_since = Clock::now();
         } else {
             relax();
@@ -119,11 +124,11 @@ void ThreadPool::serve(int thread) {
     }
 }
 
-// Either this thread sees the phase that was opened meanwhile, or its opener sees it asleep.
-void ThreadPool::sleep(uint32_t seen) {
+// Either this thread sees the units that were opened meanwhile, or their opener sees it asleep.
+void ThreadPool::sleep() {
     const uint32_t epoch = epoch_.load();
     asleep_.fetch_add(1);
-    if (serial_.load() == seen && !stopping_.load()) epoch_.wait(epoch);
+    if (!has_units() && !stopping_.load()) epoch_.wait(epoch);
     asleep_.fetch_sub(1);
 }
 

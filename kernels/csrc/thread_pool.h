@@ -66,7 +66,8 @@ private:
     bool take_unit(int thread);
     bool take_unit_of(int part, int thread);
     void serve(int thread);
-    void sleep(uint32_t seen);
+    bool has_units() const;
+    void sleep();
     void wake();
     // Too few units for parts: all are in its opener's.
     bool is_shared(int64_t units) const { return units < threads_; }
@@ -78,7 +79,6 @@ private:
 
     int threads_ = 1;
     std::unique_ptr<Part[]> parts_;
-    alignas(64) std::atomic<uint32_t> serial_{0};     // of the open phase
     alignas(64) std::atomic<int64_t> unfinished_{0};  // units of the open phase
     alignas(64) std::atomic<uint32_t> epoch_{0};      // what sleeping workers wait on
     std::atomic<int> asleep_{0};
@@ -88,6 +88,7 @@ private:
     const Phase* phases_ = nullptr;
     int64_t count_ = 0;
     uint32_t first_serial_ = 0;  // of phase 0
+    uint32_t next_serial_ = 0;   // of the next job's; guarded by turn_
 };
 
 }  // namespace quire
