@@ -159,9 +159,9 @@ async def test_a_worker_is_asked_once_and_then_no_request_waits_for_it(
 
 async def test_requests_that_come_together_ask_once(redis_url: str, asked: list[str]) -> None:
     async with running(redis_url) as cluster, cluster.client() as client:
-        prompts = [[number, *LONG] for number in range(6)]
+        prompts = [[number, *LONG] for number in range(4)]  # more fill the pool on a slow machine
         await client.generate(prompts, SamplingParams(max_tokens=1))
-        assert counted(cluster.decode[0], "handovers") == {"landed": 6}
+        assert counted(cluster.decode[0], "handovers") == {"landed": 4}
         assert asked == ["prefill"]
 
 

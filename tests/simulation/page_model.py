@@ -42,16 +42,15 @@ class PageModel:
 
     def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
         keys, values = _views(kv, layout)
-        tables, starts = batch.page_tables.numpy(), batch.query_starts.numpy()
-        positions = batch.positions.numpy()
-        owner = np.arange(len(tables)).repeat(starts[1:] - starts[:-1])
+        tables, positions = batch.page_tables, batch.positions
+        owner = np.arange(len(tables)).repeat(np.diff(batch.query_starts))
         pages = tables[owner, positions // layout.page_size]
         offsets = positions % layout.page_size
-        content = _content(batch.token_ids.numpy(), positions)  # [T, 2, NUM_LAYERS, HEAD_DIM]
+        content = _content(batch.token_ids, positions)  # [T, 2, NUM_LAYERS, HEAD_DIM]
         keys[pages, :, offsets // LANES, :, offsets % LANES] = content[:, 0]
         values[pages, :, offsets] = content[:, 1]
         seeds = []
-        for row in batch.logit_rows.numpy():
+        for row in batch.logit_rows:
             length = int(positions[row]) + 1
             slots = tables[owner[row], : -(-length // layout.page_size)]
             seeds.append(_digest(keys[slots], values[slots], length))
