@@ -26,6 +26,7 @@ KINDS = {
     "reuse": "a prompt's pages read from another worker's cache, beside computing them",
     "serve": "streams through the services beside the engine alone on the same cores",
     "speculate": "tokens per second with drafts beside those without, on several kinds of text",
+    "layers": "how often the head names the model's choice after its first layers",
     "steal": "decode while another process takes one of the cores away",
     "memory": "the most memory a decode service takes",
     "quality": "how far each mode's next-token distributions are from fp32's",
