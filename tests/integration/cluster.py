@@ -169,10 +169,8 @@ def settings_for(redis_url: str, **changes: Any) -> dict[str, Any]:
 
 
 def decode_settings(redis_url: str, **changes: Any) -> DecodeSettings:
-    """Prompts go to a prefill worker wherever possible, which is no matter of time here: neither
-    which way is fastest, nor how long a busy machine lets a worker say nothing."""
-    patient = {"prefill": "remote", "handover_idle_s": 30.0}
-    return DecodeSettings(**(patient | settings_for(redis_url, **changes)))
+    """Prompts go to a prefill worker wherever possible: which way is fastest here is no matter."""
+    return DecodeSettings(**({"prefill": "remote"} | settings_for(redis_url, **changes)))
 
 
 @asynccontextmanager

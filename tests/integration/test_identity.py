@@ -106,7 +106,7 @@ async def test_no_page_is_asked_of_who_does_not_answer_as_the_index_said(
     redis_url: str, reason: str
 ) -> None:
     """Names of pages tell a prompt to who can guess it."""
-    options = {"prefill": "pull"} | ({"handover_idle_s": 1.0} if reason == "silent" else {})
+    options = {"prefill": "pull", "handover_idle_s": 1.0 if reason == "silent" else 3.0}
     async with running(redis_url, num_prefill=0, decode=options) as cluster:
         (decode,) = cluster.decode
         async with listening(Impostor(wrong_answers(decode)[reason])) as impostor:
@@ -158,10 +158,12 @@ async def test_a_worker_is_asked_once_and_then_no_request_waits_for_it(
 
 
 async def test_requests_that_come_together_ask_once(redis_url: str, asked: list[str]) -> None:
-    async with running(redis_url) as cluster, cluster.client() as client:
-        prompts = [[number, *LONG] for number in range(4)]  # more fill the pool on a slow machine
+    # A prefill worker refuses prompts while half of its pages wait for acknowledgements.
+    pool = {"pool_tokens": 8192}
+    async with running(redis_url, prefill=pool) as cluster, cluster.client() as client:
+        prompts = [[number, *LONG] for number in range(6)]
         await client.generate(prompts, SamplingParams(max_tokens=1))
-        assert counted(cluster.decode[0], "handovers") == {"landed": 4}
+        assert counted(cluster.decode[0], "handovers") == {"landed": 6}
         assert asked == ["prefill"]
 
 
