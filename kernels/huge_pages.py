@@ -8,7 +8,7 @@ from contextlib import suppress
 
 def ask_for_huge_pages(mapping: mmap.mmap) -> None:
     """Lets the system back ``mapping`` with huge pages, where it can and is allowed to."""
-    with suppress(AttributeError, OSError):  # not every system knows them
+    with suppress(OSError):  # not every kernel has them
         mapping.madvise(mmap.MADV_HUGEPAGE)
 
 

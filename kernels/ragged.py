@@ -23,8 +23,8 @@ class RaggedBatch:
     ``progress`` is told as the layers' keys and values are written. ``states`` are the hidden rows
     that a decoder with ``StateInputs`` goes on from: of each row's predecessor.
 
-    In numpy: a step makes these few numbers anew, from caches that its weights have emptied, and
-    torch's way to a small tensor and back takes a tenth of a millisecond then.
+    In numpy: a step makes these few numbers anew, from caches that its weights have emptied, where
+    torch's way to a small tensor and back takes longer.
     """
 
     token_ids: NDArray[np.int64]  # [T]
