@@ -1,4 +1,4 @@
-"""Early exit's benchmark, on a tiny model: the whole of it agrees with itself, a part reads less."""
+"""Early exit's benchmark, on a tiny model: all of it agrees with itself, a part reads less."""
 
 from __future__ import annotations
 
