@@ -291,6 +291,8 @@ class EngineCore:
         self, logits: Mapping[str, tuple[np.ndarray, tuple[int, ...]]]
     ) -> Mapping[str, Sequence[Choice]]:
         """Lets the token function choose for all sequences, and after all drafts, at once."""
+        if not logits:
+            return {}
         try:
             rows = {name: self._generations[name].prepare(*each) for name, each in logits.items()}
             choices = iter(choose([row for each in rows.values() for row in each]))
