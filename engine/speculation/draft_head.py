@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import ModelError
@@ -31,6 +30,7 @@ from engine.speculation.proposer import Draft, Floats
 from kernels.decoder import (
     DecoderLayer,
     DecoderWeights,
+    DraftRows,
     StateInputs,
     decoder,
     gate_up_rows,
@@ -39,7 +39,6 @@ from kernels.decoder import (
 from kernels.embedding import embedding
 from kernels.layout import PageLayout
 from kernels.packed_matrix import PackedMatrix, pack_rotated_int8
-from kernels.ragged import RaggedBatch
 
 FORMAT = "quire-draft-head-2"
 EXPECTED = 0.5
@@ -218,18 +217,27 @@ class DraftHead:
     def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:
         """Nothing for a sequence of which no step has told a hidden row yet."""
         began = time.perf_counter()
-        lengths = {name: min(number, self._room(name)) for name, number in most.items()}
+        lengths = {
+            name: length
+            for name, number in most.items()
+            if (length := min(number, self._room(name))) > 0
+        }
+        nothing = dict.fromkeys(most, Draft())
+        if not lengths:
+            return nothing
         names = sorted(lengths, key=lambda name: -lengths[name])
-        drafts: dict[str, list[int]] = {name: [] for name in names}
-        rows = self.rows([name for name in names if lengths[name] > 0])
-        longest = max(lengths.values(), default=0)
-        for depth in range(longest):
-            longer = [name for name in names if lengths[name] > depth]
-            rows = self._forward(rows.first(len(longer)), drafts, longer)
-        if longest:
-            took = (time.perf_counter() - began) / longest
-            self.seconds_per_token += _STEP * (took - self.seconds_per_token)
-        return {name: Draft(tuple(each), EXPECTED) for name, each in drafts.items()}
+        rows, longest = self.rows(names), lengths[names[0]]
+        if any(self._generations[name].needs_logits(lengths[name]) for name in names):
+            drafts = self._choose(rows, names, lengths)
+        else:
+            numbers = np.array([lengths[name] for name in names])
+            found = self._decoder.draft(
+                rows, numbers, self._ids, self._pages.kv, self._pages.layout
+            ).tolist()
+            drafts = {name: each[: lengths[name]] for name, each in zip(names, found, strict=True)}
+        took = (time.perf_counter() - began) / longest
+        self.seconds_per_token += _STEP * (took - self.seconds_per_token)
+        return nothing | {name: Draft(tuple(each), EXPECTED) for name, each in drafts.items()}
 
     def _room(self, name: str) -> int:
         """As many drafts as find a place in the sequence's pages: the first is made of its last
@@ -240,7 +248,7 @@ class DraftHead:
         num_slots = len(self._pages.of(name)) * self._pages.layout.page_size
         return max(num_slots - sequence.num_tokens + 1, 0)
 
-    def rows(self, names: Sequence[str]) -> Rows:
+    def rows(self, names: Sequence[str]) -> DraftRows:
         """Where these sequences' drafts begin; a step has told of each a hidden row."""
         sequences = [self._sequences[name] for name in names]
         tables = [self._pages.of(name) for name in names]
@@ -251,41 +259,41 @@ class DraftHead:
         for state, sequence in zip(states, sequences, strict=True):
             assert sequence.hidden is not None
             state[:] = sequence.hidden
-        return Rows(
+        return DraftRows(
             tokens=np.array([each.last_token for each in sequences], dtype=np.int64),
             states=states,
             positions=np.array([each.num_tokens - 1 for each in sequences], dtype=np.int64),
             tables=table,
         )
 
-    def _forward(self, rows: Rows, drafts: dict[str, list[int]], names: list[str]) -> Rows:
-        """Adds a draft to each of these sequences; returns the rows that come next."""
-        best_only = not any(
-            self._generations[name].needs_logits(len(drafts[name]) + 1) for name in names
-        )
-        result, states = self.run(rows, best_only)
-        if best_only:
-            best = result.numpy()
-            tokens = np.where(best < 0, -1, self._ids[best]).tolist()
-        else:
-            whole = np.full((len(names), self._vocab_size), np.float32(-1e30))
-            whole[:, self._ids] = result.numpy()
-            tokens = choose_drafts(self._generations, drafts, names, whole)
-        for name, token in zip(names, tokens, strict=True):
-            drafts[name].append(token)
-        # After what is no token nothing is used: whatever follows it may be drafted.
-        following = np.maximum(np.array(tokens, dtype=np.int64), 0)
-        return Rows(following, states, rows.positions + 1, rows.tables)
+    def _choose(
+        self, rows: DraftRows, names: Sequence[str], lengths: Mapping[str, int]
+    ) -> dict[str, list[int]]:
+        """Drafts that the sequences' token functions choose, where not all take the best."""
+        drafts: dict[str, list[int]] = {name: [] for name in names}
+        for depth in range(lengths[names[0]]):
+            longer = [name for name in names if lengths[name] > depth]
+            rows = rows.first(len(longer))
+            logits, states = self.run(rows)
+            whole = np.full((len(longer), self._vocab_size), np.float32(-1e30))
+            whole[:, self._ids] = logits
+            tokens = choose_drafts(self._generations, drafts, longer, whole)
+            for name, token in zip(longer, tokens, strict=True):
+                drafts[name].append(token)
+            # After what is no token nothing is used: whatever follows it may be drafted.
+            following = np.maximum(np.array(tokens, dtype=np.int64), 0)
+            rows = DraftRows(following, states, rows.positions + 1, rows.tables)
+        return drafts
 
-    def run(self, rows: Rows, best_only: bool) -> tuple[torch.Tensor, Floats]:
-        """What the decoder returns for these rows, and their states ``[B, H]``."""
+    def run(self, rows: DraftRows) -> tuple[Floats, Floats]:
+        """The logits ``[B, V]`` after these rows, and their states ``[B, H]``."""
         states = np.empty_like(rows.states)
-        batch = rows.batch(best_only, states)
-        return self._decoder.forward(batch, self._pages.kv, self._pages.layout), states
+        batch = rows.batch(best_only=False, hidden=states)
+        return self._decoder.forward(batch, self._pages.kv, self._pages.layout).numpy(), states
 
     def _measured(self) -> float:
-        """Seconds of a step of one row, the best of a few; writes into the pool's first page."""
-        row = Rows(
+        """Seconds of a draft of one row, the best of a few; writes into the pool's first page."""
+        row = DraftRows(
             np.zeros(1, dtype=np.int64),
             np.ones((1, self.hidden_width), dtype=np.float32),
             np.zeros(1, dtype=np.int64),
@@ -294,40 +302,8 @@ class DraftHead:
         times = []
         for _ in range(_TRIES):
             began = time.perf_counter()
-            self.run(row, best_only=True)
+            self._decoder.draft(
+                row, np.ones(1, dtype=np.int64), self._ids, self._pages.kv, self._pages.layout
+            )
             times.append(time.perf_counter() - began)
         return min(times)
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """A row of each sequence: its last token, its predecessor's state, where it stands. In numpy,
-    whose small operations take less than torch's."""
-
-    tokens: NDArray[np.int64]  # [B]
-    states: Floats  # [B, H]
-    positions: NDArray[np.int64]  # [B]
-    tables: NDArray[np.int32]  # [B, pages]
-
-    def first(self, number: int) -> Rows:
-        if number == len(self.tokens):
-            return self
-        return Rows(
-            self.tokens[:number],
-            self.states[:number],
-            self.positions[:number],
-            self.tables[:number],
-        )
-
-    def batch(self, best_only: bool, hidden: Floats) -> RaggedBatch:
-        starts = np.arange(len(self.tokens) + 1)
-        return RaggedBatch(
-            token_ids=self.tokens,
-            positions=self.positions,
-            query_starts=starts,
-            page_tables=self.tables,
-            logit_rows=starts[:-1],
-            best_only=best_only,
-            hidden=hidden,
-            states=self.states,
-        )

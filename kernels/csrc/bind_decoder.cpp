@@ -1,4 +1,5 @@
 // Packed matrices, the product with one, and the decoder as a whole.
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -11,6 +12,7 @@
 #include "arguments.h"
 #include "bindings.h"
 #include "decoder.h"
+#include "fetch_ahead.h"
 
 namespace quire {
 namespace {
@@ -107,32 +109,23 @@ class HeldDecoder {
 public:
     explicit HeldDecoder(nb::object weights)
         : owner_(weights), shape_(shape_of(weights)), weights_(weights_of(weights)),
-          decoder_(shape_, weights_) {}
+          decoder_(shape_, weights_) {
+        if (goes_on_) return;
+        std::vector<Matrix> matrices;
+        for (const DecoderLayer& layer : weights_.layers)
+            matrices.insert(matrices.end(), {layer.qkv, layer.out, layer.gate_up, layer.down});
+        nb::gil_scoped_release released;
+        measure_fetch_ahead(matrices);
+    }
 
     void forward(Array token_ids, std::optional<Array> states, Array positions, Array query_starts,
                  Array page_tables, Array kv, const std::string& kv_dtype, int64_t page_size,
                  Array logit_rows, std::optional<Array> logits, Array best_ids,
                  std::optional<Array> hidden, std::optional<Array> layers_done, int64_t mark_every, int progress_event) {
-        const int64_t rows = size(token_ids, "token_ids", 1, 0);
-        const int64_t sequences = size(page_tables, "page_tables", 2, 0);
-        const int64_t max_pages = size(page_tables, "page_tables", 2, 1);
+        DecoderStep step = step_of(token_ids, states, positions, page_tables, kv, kv_dtype, page_size);
         const int64_t wanted = size(logit_rows, "logit_rows", 1, 0);
-        DecoderStep step{};
-        step.rows = {data<int64_t>(positions, "positions", {rows}),
-                     data<int64_t>(query_starts, "query_starts", {sequences + 1}),
-                     data<int32_t>(page_tables, "page_tables", {sequences, max_pages}),
-                     rows, sequences, max_pages};
-        step.token_ids = data<int64_t>(token_ids, "token_ids", {rows});
-        if (states.has_value() != goes_on_)
-            refuse("states", "be given if the weights go on from some");
-        if (states) step.states = data<float>(*states, "states", {rows, shape_.width});
-        step.pages = pages_of(kv, weights_.first_layer, kv_dtype, page_size, shape_.head_dim);
-        const int64_t layers = weights_.first_layer + int64_t(weights_.layers.size());
-        const int64_t found = kv.shape(1);
-        if (step.pages.kv_heads != shape_.kv_heads || (goes_on_ ? found < layers : found != layers))
-            refuse("kv", "have the model's layers and KV heads");
-        step.layer_bytes = step.pages.kv_heads * step.pages.head_bytes;
-        step.num_pages = kv.shape(0);
+        step.rows.query_starts =
+            data<int64_t>(query_starts, "query_starts", {step.rows.sequences + 1});
         step.logit_rows = wanted;
         step.wanted = data<int64_t>(logit_rows, "logit_rows", {wanted});
         step.best_ids = data<int32_t>(best_ids, "best_ids", {wanted});
@@ -149,7 +142,75 @@ public:
         decoder_.run(step);
     }
 
+    // Writes what it drafts after each row, and what the rows are after that: `token_ids`, `states`
+    // and `positions`.
+    void draft(Array token_ids, Array states, Array positions, Array page_tables, Array kv,
+               const std::string& kv_dtype, int64_t page_size, Array lengths, Array ids,
+               Array drafts) {
+        DecoderStep step = step_of(token_ids, states, positions, page_tables, kv, kv_dtype, page_size);
+        const int64_t rows = step.rows.rows, longest = size(drafts, "drafts", 2, 1);
+        if (step.rows.sequences != rows) refuse("page_tables", "have a row for each token");
+        const auto* number = data<int64_t>(lengths, "lengths", {rows});
+        for (int64_t row = 0; row < rows; ++row)
+            if (number[row] < 0 || number[row] > (row ? number[row - 1] : longest))
+                refuse("lengths", "fit the drafts and not ascend");
+        const auto* known = data<int64_t>(ids, "ids", {weights_.head.outputs});
+        for (int64_t i = 0; i < weights_.head.outputs; ++i)
+            check_index("ids", known[i], weights_.embedding.outputs);
+        auto* tokens = data<int64_t>(token_ids, "token_ids", {rows});
+        auto* at = data<int64_t>(positions, "positions", {rows});
+        auto* out = data<int64_t>(drafts, "drafts", {rows, longest});
+        std::vector<int64_t> each(size_t(rows + 1));
+        for (int64_t row = 0; row <= rows; ++row) each[size_t(row)] = row;
+        std::vector<int32_t> best(static_cast<size_t>(rows));
+        step.rows.query_starts = step.wanted = each.data();
+        step.best_ids = best.data();
+        step.hidden = data<float>(states, "states", {rows, shape_.width});
+        for (int64_t row = 0; row < rows; ++row)
+            if (at[row] < 0 || at[row] + number[row] > max_positions_)
+                refuse("positions", "leave room for the drafts");
+        step.logit_rows = 0;
+        check(step);
+        nb::gil_scoped_release released;
+        for (int64_t depth = 0, left = rows; depth < longest; ++depth) {
+            while (left > 0 && number[left - 1] <= depth) --left;
+            step.rows.rows = step.rows.sequences = step.logit_rows = left;
+            decoder_.run(step);
+            for (int64_t row = 0; row < left; ++row) {
+                const int64_t token = best[row] < 0 ? -1 : known[best[row]];
+                out[row * longest + depth] = token;
+                tokens[row] = larger_of(token, 0);  // after what is no token nothing is used
+                ++at[row];
+            }
+        }
+    }
+
 private:
+    // What every kind of step has; of `rows`, all but where sequences start.
+    DecoderStep step_of(const Array& token_ids, const std::optional<Array>& states,
+                        const Array& positions, const Array& page_tables, const Array& kv,
+                        const std::string& kv_dtype, int64_t page_size) const {
+        const int64_t rows = size(token_ids, "token_ids", 1, 0);
+        const int64_t sequences = size(page_tables, "page_tables", 2, 0);
+        const int64_t max_pages = size(page_tables, "page_tables", 2, 1);
+        DecoderStep step{};
+        step.rows = {data<int64_t>(positions, "positions", {rows}), nullptr,
+                     data<int32_t>(page_tables, "page_tables", {sequences, max_pages}),
+                     rows, sequences, max_pages};
+        step.token_ids = data<int64_t>(token_ids, "token_ids", {rows});
+        if (states.has_value() != goes_on_)
+            refuse("states", "be given if the weights go on from some");
+        if (states) step.states = data<float>(*states, "states", {rows, shape_.width});
+        step.pages = pages_of(kv, weights_.first_layer, kv_dtype, page_size, shape_.head_dim);
+        const int64_t layers = weights_.first_layer + int64_t(weights_.layers.size());
+        const int64_t found = kv.shape(1);
+        if (step.pages.kv_heads != shape_.kv_heads || (goes_on_ ? found < layers : found != layers))
+            refuse("kv", "have the model's layers and KV heads");
+        step.layer_bytes = step.pages.kv_heads * step.pages.head_bytes;
+        step.num_pages = kv.shape(0);
+        return step;
+    }
+
     void check(const DecoderStep& step) const {
         for (int64_t row = 0; row < step.rows.rows; ++row) {
             check_index("token_ids", step.token_ids[row], weights_.embedding.outputs);
@@ -244,13 +305,17 @@ void bind_decoder(nb::module_& m) {
     m.def("make_matrix", make_matrix, "format"_a, "reads"_a, "offsets"_a, "bf16_scales"_a,
           "rotated"_a, "outputs"_a, "width"_a, "inputs"_a, "group"_a, "data"_a);
     m.def("linear", linear, "x"_a, "weight"_a, "bias"_a.none(), "out"_a);
+    m.def("fetch_ahead", &fetch_ahead);
+    m.def("set_fetch_ahead", &set_fetch_ahead, "bytes"_a);
     m.def("embedding", embedding, "token_ids"_a, "table"_a, "out"_a);
     nb::class_<HeldDecoder>(m, "Decoder")
         .def(nb::init<nb::object>(), "weights"_a)
         .def("forward", &HeldDecoder::forward, "token_ids"_a, "states"_a.none(), "positions"_a,
              "query_starts"_a, "page_tables"_a, "kv"_a, "kv_dtype"_a, "page_size"_a,
              "logit_rows"_a, "logits"_a.none(), "best_ids"_a, "hidden"_a = nb::none(), "layers_done"_a = nb::none(),
-             "mark_every"_a = 1, "progress_event"_a = -1);
+             "mark_every"_a = 1, "progress_event"_a = -1)
+        .def("draft", &HeldDecoder::draft, "token_ids"_a, "states"_a, "positions"_a,
+             "page_tables"_a, "kv"_a, "kv_dtype"_a, "page_size"_a, "lengths"_a, "ids"_a, "drafts"_a);
 }
 
 }  // namespace quire

@@ -5,6 +5,7 @@
 #include <memory>
 #include <new>
 
+#include "fetch_ahead.h"
 #include "ops.h"
 
 namespace quire {
@@ -41,7 +42,7 @@ public:
                 values_.of<uint8_t>(rows * w.inputs *
                                         larger_of(bytes_per_input(w.reads), kMostBytesPerInteger) +
                                     kReadBeyondInputs),
-                scales_.of<float>(groups), sums_.of<int32_t>(groups)};
+                scales_.of<float>(groups), sums_.of<int32_t>(groups), fetch_ahead_of(rows)};
     }
 
 private:

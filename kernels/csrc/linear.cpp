@@ -17,8 +17,6 @@ RowRange rows_of(int64_t unit, int64_t unit_rows, int64_t rows) {
     return {unit * unit_rows, smaller_of((unit + 1) * unit_rows, rows)};
 }
 
-constexpr int64_t kFetchedAhead = 2048;
-
 // Calls then(tile of inputs) for those of a range of rows, which ends where tiles end. The first rows
 // wait for their weights, so what they need next is fetched. The second find theirs in a cache, and
 // the memory has time: what the first rows need of the next `next` bytes is fetched.
@@ -27,7 +25,7 @@ QUIRE_INLINE void for_row_tiles(RowRange range, const InputRows& x, int64_t next
     const int64_t step = tile_rows(x.format);
     for (int64_t row = range.start; row < range.end; row += step) {
         InputTile tile = tile_at(x, row);
-        tile.ahead = row == 0 ? kFetchedAhead : row == step ? next : 0;
+        tile.ahead = row == 0 ? x.ahead : row == step && x.ahead ? next : 0;
         then(tile);
     }
 }

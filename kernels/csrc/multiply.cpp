@@ -104,10 +104,6 @@ QUIRE_INLINE F16 load_scales(const uint8_t* p, bool as_bf16) {
 // more, the sums of a group all end at once, and nothing is left to multiply while they are stored.
 constexpr int kBlockLines = kRegisters >= 32 ? 6 : 2 * kTileRows;
 
-// From so many lines on, arithmetic leaves the processor too little time to see by itself which
-// weights come next. Below, what is fetched by hand only disturbs it.
-constexpr int kFewestFetched = 8;
-
 // Adds 4 * Fours inputs of `Lines` of a tile's `All` lines: [lines][columns] sums of 16 outputs.
 template <int Lines, int All, bool Nibbles, int Fours>
 QUIRE_INLINE void add_fours(const uint8_t* weights, const uint8_t* inputs,
@@ -203,12 +199,11 @@ void multiply_integers(const Matrix& w, const uint8_t* tile, const InputTile& x,
         const int32_t* starts = centred ? sums : kNoStarts;
         each_columns([&](int column) __attribute__((always_inline)) {
             each_block<Rows, Planes>([&]<int First, int Count>() __attribute__((always_inline)) {
-                if constexpr (Rows * Planes >= kFewestFetched)
-                    if (column == 0 && x.ahead) {
-                        const uint8_t* end = tile + x.ahead + group_bytes * (First + Count) / Rows;
-                        for (auto at = tile + x.ahead + group_bytes * First / Rows; at < end; at += 64)
-                            __builtin_prefetch(at);
-                    }
+                if (column == 0 && x.ahead) {
+                    const uint8_t* end = tile + x.ahead + group_bytes * (First + Count) / Rows;
+                    for (auto at = tile + x.ahead + group_bytes * First / Rows; at < end; at += 64)
+                        __builtin_prefetch(at);
+                }
                 I16 sum[Count * Planes][kColumns];
                 sum_group<Count, Rows, Planes, Nibbles>(
                     w.group, tile + 64 * column, inputs + kFourBytes * First * Planes,

@@ -75,6 +75,7 @@ struct Matrix {
 //   int8   [inputs / 4][rows][4]; int16   [inputs / 4][rows][high, low][4], 256 high + low
 //   or, where products do not take bytes, both [inputs / 4][rows][4] of 16 bits
 //   or, in matrix tiles, [inputs / group][rows][group] and [inputs / group][high, low][rows][group]
+// While they are multiplied, the weights `ahead` bytes further on are fetched, if that is not 0.
 // Integers have a scale and `sum_factor` times their sum per group and row of a tile,
 // [inputs / group][rows]: what weights that are stored as unsigned add too much, if they have no offsets.
 struct InputRows {
@@ -85,6 +86,7 @@ struct InputRows {
     uint8_t* values;
     float* scales;
     int32_t* sums;
+    int64_t ahead;
 };
 
 // The largest magnitude an integer input takes: 16 bits are cut into two signed bytes.

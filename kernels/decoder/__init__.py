@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from kernels import dispatch
 from kernels.layout import PageLayout
@@ -19,6 +21,7 @@ from kernels.packed_matrix import TILE_OUTPUTS, PackedMatrix, round_up
 from kernels.ragged import RaggedBatch
 
 FEED_FORWARD_BLOCK = 128
+Int64 = NDArray[np.int64]
 
 
 def qkv_rows(num_heads: int, head_dim: int) -> torch.Tensor:
@@ -101,6 +104,39 @@ class DecoderWeights:
         return round_up(self.head_dim, TILE_OUTPUTS)
 
 
+@dataclass(frozen=True, slots=True)
+class DraftRows:
+    """The last token of each of ``B`` sequences, its predecessor's state, where it stands."""
+
+    tokens: Int64  # [B]
+    states: NDArray[np.float32]  # [B, H]
+    positions: Int64  # [B]
+    tables: NDArray[np.int32]  # [B, pages], as a ragged batch has them
+
+    def first(self, number: int) -> DraftRows:
+        """The first so many of them."""
+        return DraftRows(
+            self.tokens[:number],
+            self.states[:number],
+            self.positions[:number],
+            self.tables[:number],
+        )
+
+    def batch(self, best_only: bool, hidden: NDArray[np.float32]) -> RaggedBatch:
+        """As rows of a step whose new states are written to ``hidden [B, H]``."""
+        starts = np.arange(len(self.tokens) + 1)
+        return RaggedBatch(
+            token_ids=self.tokens,
+            positions=self.positions,
+            query_starts=starts,
+            page_tables=self.tables,
+            logit_rows=starts[:-1],
+            best_only=best_only,
+            hidden=hidden,
+            states=self.states,
+        )
+
+
 class Decoder(Protocol):
     def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
         """Writes K and V of every row into its page; logits ``[R, V]`` fp32 of ``logit_rows``.
@@ -114,6 +150,17 @@ class Decoder(Protocol):
         ``kv`` is ``kernels.layout.kv_view`` of the pool. The batch has ``states`` exactly if the
         weights have. Raises ``ValueError`` naming what is out
         of range, before anything is written.
+        """
+        ...
+
+    def draft(
+        self, rows: DraftRows, lengths: Int64, ids: Int64, kv: torch.Tensor, layout: PageLayout
+    ) -> Int64:
+        """Of weights with ``states``: what they say after each row, ``lengths [B]`` times, each
+        time going on from what they said; ``[B, longest]``, -1 where a logit was not finite,
+        undefined beyond a row's length. ``lengths`` do not ascend.
+
+        ``ids [V]`` are the tokens that the head's outputs stand for. Raises as ``forward``.
         """
         ...
 

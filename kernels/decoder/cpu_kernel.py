@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kernels import _native
-from kernels.decoder import Decoder, DecoderWeights
+from kernels.decoder import Decoder, DecoderWeights, DraftRows, Int64
 from kernels.layout import PageLayout
 from kernels.packed_matrix import PackedMatrix
 from kernels.progress import LayerProgress
@@ -51,6 +51,25 @@ class NativeDecoder:
             *_told(batch.progress),
         )
         return torch.from_numpy(best) if logits is None else logits
+
+    def draft(
+        self, rows: DraftRows, lengths: Int64, ids: Int64, kv: torch.Tensor, layout: PageLayout
+    ) -> Int64:
+        layout.check_lanes()
+        drafts = np.empty((len(lengths), int(lengths.max(initial=0))), dtype=np.int64)
+        self._decoder.draft(
+            rows.tokens.copy(),
+            rows.states.copy(),
+            rows.positions.copy(),
+            rows.tables,
+            kv.numpy(),
+            layout.kv_dtype,
+            layout.page_size,
+            lengths,
+            ids,
+            drafts,
+        )
+        return drafts
 
 
 def _told(progress: LayerProgress | None) -> tuple[torch.Tensor | None, int, int]:

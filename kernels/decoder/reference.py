@@ -1,8 +1,16 @@
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from kernels.decoder import FEED_FORWARD_BLOCK, Decoder, DecoderLayer, DecoderWeights
+from kernels.decoder import (
+    FEED_FORWARD_BLOCK,
+    Decoder,
+    DecoderLayer,
+    DecoderWeights,
+    DraftRows,
+    Int64,
+)
 from kernels.embedding.reference import embedding
 from kernels.kv_write.reference import kv_write
 from kernels.layout import PageLayout
@@ -35,6 +43,11 @@ class ReferenceDecoder:
         rows = rms_norm(rows, weights.norm, weights.norm_eps)
         logits = linear(rows, weights.head)
         return best_ids(logits) if batch.best_only else logits
+
+    def draft(
+        self, rows: DraftRows, lengths: Int64, ids: Int64, kv: torch.Tensor, layout: PageLayout
+    ) -> Int64:
+        return draft_by_steps(self, rows, lengths, ids, kv, layout)
 
     def _first(self, batch: RaggedBatch) -> torch.Tensor:
         rows = embedding(torch.from_numpy(batch.token_ids), self._weights.embedding)
@@ -87,6 +100,26 @@ class ReferenceDecoder:
         gate, up = both[:, :, 0].flatten(1), both[:, :, 1].flatten(1)
         inner = silu_mul(gate.contiguous(), up.contiguous())[:, : layer.down.inputs]
         return linear(inner.contiguous(), layer.down, layer.down_bias)
+
+
+def draft_by_steps(
+    decoder: Decoder,
+    rows: DraftRows,
+    lengths: Int64,
+    ids: Int64,
+    kv: torch.Tensor,
+    layout: PageLayout,
+) -> Int64:
+    """``Decoder.draft``, a forward for each draft."""
+    drafts = np.full((len(lengths), int(lengths.max(initial=0))), -1)
+    for depth in range(drafts.shape[1]):
+        rows = rows.first(int((lengths > depth).sum()))
+        states = np.empty_like(rows.states)
+        best = decoder.forward(rows.batch(True, states), kv, layout).numpy()
+        tokens = np.where(best < 0, -1, ids[best])
+        drafts[: len(tokens), depth] = tokens
+        rows = DraftRows(np.maximum(tokens, 0), states, rows.positions + 1, rows.tables)
+    return drafts
 
 
 class _Step:

@@ -14,6 +14,7 @@ from kernels import _native, threads
 from kernels.decoder import (
     DecoderLayer,
     DecoderWeights,
+    DraftRows,
     StateInputs,
     decoder,
     gate_up_rows,
@@ -21,6 +22,7 @@ from kernels.decoder import (
 )
 from kernels.decoder.cpu_kernel import decoder as native_decoder
 from kernels.decoder.reference import decoder as reference_decoder
+from kernels.decoder.reference import draft_by_steps
 from kernels.layout import PageLayout
 from kernels.linear import linear
 from kernels.packed_matrix import (
@@ -352,6 +354,73 @@ def test_a_decoder_that_goes_on_writes_behind_the_keys_of_its_layer_only():
     changed = (pages.view(-1, *shape) != run.memory.view(-1, *shape)).any(dim=3).any(dim=2)
     page = run.pages[0][20 // layout.page_size]
     assert changed.nonzero().tolist() == [[page, layout.num_layers - 1]]
+
+
+def drafting(mode="int8", lengths=(4, 2, 2)):
+    """Three sequences of which one decoder has computed the pages; the arguments with which another
+    drafts after them, but for its weights, which come first."""
+    weights = make(mode)
+    run = PagedRun(Runnable(native_decoder, weights, "bf16"), 3, 48)
+    run.step({number: TOKENS[: 20 + 5 * number] for number in range(3)}, [0])
+    kv = run.memory.view(
+        len(run.memory), run.layout.num_layers, run.layout.num_kv_heads, run.layout.head_bytes
+    )
+    generator = torch.Generator().manual_seed(6)
+    most = max(map(len, run.pages))
+    rows = DraftRows(
+        tokens=np.array(TOKENS[50:53]),
+        states=torch.randn(3, weights.width, generator=generator).numpy(),
+        positions=np.array([run.lengths[number] for number in range(3)]),
+        tables=np.array(
+            [[*run.pages[n], *[-1] * (most - len(run.pages[n]))] for n in range(3)], dtype=np.int32
+        ),
+    )
+    ids = torch.randperm(VOCABULARY, generator=generator).numpy()
+    return going_on(mode, weights), rows, np.array(lengths), ids, kv, run.layout
+
+
+def test_drafts_of_one_call_are_those_of_a_forward_each():
+    weights, rows, lengths, *rest = drafting()
+    decoder = native_decoder(weights)
+    expected = draft_by_steps(decoder, rows, lengths, *rest)
+    found = decoder.draft(rows, lengths, *rest)
+    assert len(set(map(tuple, expected.tolist()))) == 3
+    for length, ours, theirs in zip(lengths, found, expected, strict=True):
+        assert ours[:length].tolist() == theirs[:length].tolist()
+    alone = decoder.draft(rows.first(1), lengths[:1], *rest)
+    assert alone[0].tolist() == found[0].tolist()
+
+
+def test_drafts_stop_where_logits_are_no_numbers():
+    weights, *rest = drafting()
+    norm = weights.norm.clone()
+    norm[5] = torch.nan
+    for made in (native_decoder, reference_decoder):
+        found = made(replace(weights, norm=norm)).draft(*rest)
+        assert found[0].tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "change"),
+    [
+        ("lengths", (1, 2, 2), {}),
+        ("lengths", (1, 1, -1), {}),
+        ("positions", (1, 1, 1), {"positions": np.array([20, 25, 1 << 40])}),
+        ("token_ids", (1, 1, 1), {"tokens": np.array([1, 2, VOCABULARY])}),
+        ("page_tables", (1, 1, 1), {"tables": np.array([[0], [1]], dtype=np.int32)}),
+        ("states", (1, 1, 1), {"states": np.zeros((3, 2), dtype=np.float32)}),
+    ],
+)
+def test_draft_rows_that_do_not_fit_are_refused_by_name(name, lengths, change):
+    weights, rows, lengths, *rest = drafting(lengths=lengths)
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        native_decoder(weights).draft(replace(rows, **change), lengths, *rest)
+
+
+def test_drafted_ids_that_are_no_tokens_are_refused_by_name():
+    weights, rows, lengths, ids, *rest = drafting()
+    with pytest.raises(ValueError, match=r"^ids must"):
+        native_decoder(weights).draft(rows, lengths, ids + 1, *rest)
 
 
 @pytest.mark.parametrize("made", [native_decoder, reference_decoder])

@@ -1,0 +1,108 @@
+#include "fetch_ahead.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <limits>
+
+#include "isa.h"
+#include "thread_pool.h"
+
+namespace quire {
+
+namespace {
+
+constexpr std::array<int64_t, 3> kCandidates{0, 2048, 8192};
+constexpr int kTries = 3;
+constexpr int64_t kMostRows = 8;
+// Less is read from caches, whatever is fetched; more takes longer and tells no more.
+constexpr int64_t kLeastBytes = int64_t(64) << 20, kMostBytes = int64_t(160) << 20;
+// What must be gained for what the hardware does not do by itself.
+constexpr double kLeastGain = 0.98;
+
+FetchAhead& chosen() {
+    static FetchAhead bytes = kUsualFetchAhead;
+    return bytes;
+}
+
+int64_t bytes_of(const Matrix& w) { return w.tiles * w.tile_bytes; }
+
+// Products of a few rows of zeros with all of these matrices.
+class Products {
+public:
+    explicit Products(const std::vector<Matrix>& weights) : weights_(weights) {
+        int64_t outputs = 0, inputs = 0, groups = 0;
+        for (const Matrix& w : weights) {
+            outputs = larger_of(outputs, w.outputs);
+            inputs = larger_of(inputs, w.inputs);
+            groups = larger_of(groups, w.inputs / w.group);
+        }
+        out_ = std::vector<float>(size_t(kMostRows * outputs));
+        values_ = std::vector<uint8_t>(
+            size_t(kMostRows * inputs * kMostBytesPerInteger + kReadBeyondInputs));
+        scales_ = std::vector<float>(size_t(kMostRows * groups));
+        sums_ = std::vector<int32_t>(size_t(kMostRows * groups));
+    }
+
+    double seconds(int64_t rows, int64_t ahead) {
+        std::vector<Linear> products;
+        std::vector<Phase> phases;
+        products.reserve(weights_.size());
+        for (const Matrix& w : weights_) {
+            const InputRows x{w.reads, w.rotated, 1, rows, w.inputs, w.group, values_.data(),
+                              scales_.data(), sums_.data(), ahead};
+            products.push_back({w, x, nullptr, out_.data(), false, rows, w.outputs, rows, 1});
+            phases.push_back({call, &products.back(), w.tiles});
+        }
+        const auto began = std::chrono::steady_clock::now();
+        ThreadPool::instance().run(phases.data(), int64_t(phases.size()));
+        return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+    }
+
+private:
+    static void call(const void* args, int64_t unit) {
+        current_isa().kernels->linear(*static_cast<const Linear*>(args), unit);
+    }
+
+    const std::vector<Matrix>& weights_;
+    std::vector<float> out_, scales_;
+    std::vector<uint8_t> values_;
+    std::vector<int32_t> sums_;
+};
+
+}  // namespace
+
+const FetchAhead& fetch_ahead() { return chosen(); }
+
+void set_fetch_ahead(const FetchAhead& bytes) { chosen() = bytes; }
+
+int64_t fetch_ahead_of(int64_t rows) {
+    return chosen()[rows >= 8 ? 3 : rows >= 4 ? 2 : rows >= 2 ? 1 : 0];
+}
+
+void measure_fetch_ahead(const std::vector<Matrix>& weights) {
+    static std::atomic<bool> measured{false};
+    std::vector<Matrix> taken;
+    int64_t bytes = 0;
+    for (const Matrix& w : weights) {
+        if (w.format < WeightFormat::int8 || bytes >= kMostBytes) continue;
+        taken.push_back(w);
+        bytes += bytes_of(w);
+    }
+    if (bytes < kLeastBytes || measured.exchange(true)) return;
+    Products products(taken);
+    FetchAhead& best = chosen();
+    for (size_t place = 0; place < best.size(); ++place) {
+        std::array<double, kCandidates.size()> least;
+        least.fill(std::numeric_limits<double>::infinity());
+        for (int i = 0; i < kTries; ++i)
+            for (size_t c = 0; c < kCandidates.size(); ++c) {
+                const double took = products.seconds(int64_t(1) << place, kCandidates[c]);
+                least[c] = std::min(least[c], took);
+            }
+        least[0] *= kLeastGain;
+        best[place] = kCandidates[std::min_element(least.begin(), least.end()) - least.begin()];
+    }
+}
+
+}  // namespace quire
