@@ -100,9 +100,9 @@ async def bench_model(
 
 
 def proposers_of(loaded: LoadedModel, draft: str) -> tuple[str, ...]:
-    """All there are; a head only where one is named or packaged."""
+    """All there are; a head, alone or with lookup, only where one is named or packaged."""
     has_head = bool(draft) or packaged_head(loaded.model.spec.digest) is not None
-    return tuple(mode for mode in SPECULATION_MODES[1:] if mode != "head" or has_head)
+    return tuple(mode for mode in SPECULATION_MODES[1:] if has_head or mode not in ("auto", "head"))
 
 
 def engine_of(
@@ -115,7 +115,7 @@ def engine_of(
         page_size=PAGE_SIZE,
         limits=SchedulerLimits(max_sequences=batch, max_step_tokens=max(256, 16 * batch)),
         speculate=speculate,
-        draft=options.draft if speculate == "head" else "",
+        draft=options.draft if speculate in ("auto", "head") else "",
     )
 
 

@@ -55,8 +55,8 @@ class DecodeSettings(WorkerSettings):
         "off",
         help="guess tokens and verify them in the step of the next one; lookup: copied from where "
         "the last tokens stood before; history: there or in what the tenant was answered before; "
-        "model: by another model; head: by a small head trained for the model. It changes no "
-        "token",
+        "model: by another model; head: by a small head trained for the model; auto: lookup, and a "
+        "head where there is one for what lookup finds nothing for. It changes no token",
         choices=SPECULATION_MODES,
     )
     draft: str = setting(

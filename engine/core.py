@@ -56,6 +56,7 @@ from engine.speculation import (
     HeadWeights,
     SequencePages,
     Speculator,
+    SpeculatorPair,
     StepTimes,
     measure_steps,
     open_speculator,
@@ -126,7 +127,7 @@ class EngineCore:
         self._generations: dict[str, Generation] = {}
         self._events: list[Event] = []
         self._outputs: list[Output] = []
-        self.speculator = self._open_speculator(draft)
+        self.speculator: Speculator | SpeculatorPair | None = self._open_speculator(draft)
         self._decoding: list[str] = []
         self._hidden: dict[str, NDArray[np.float32]] = {}
         self.last_step = StepStats()
@@ -423,7 +424,7 @@ class EngineCore:
             num_swap_slots,
         )
 
-    def _open_speculator(self, draft: Drafter | None) -> Speculator | None:
+    def _open_speculator(self, draft: Drafter | None) -> Speculator | SpeculatorPair | None:
         if self.settings.speculate == "off":
             return None
         settings = self.settings

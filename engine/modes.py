@@ -11,4 +11,5 @@ def default_kv(weights: str) -> str:
 
 
 DEFAULT_DRAFT_WEIGHTS = "int4"
-SPECULATION_MODES = ("off", "lookup", "history", "model", "head")
+SPECULATION_MODES = ("off", "auto", "lookup", "history", "model", "head")
+"""Who drafts; "auto" is lookup, and a head for what it finds nothing for, where there is one."""

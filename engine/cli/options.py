@@ -87,8 +87,8 @@ def add_place(parser: argparse.ArgumentParser) -> None:
 
 def open_engine(options: argparse.Namespace) -> BlockingClient:
     """The engine the flags ask for: in this process, at an endpoint, or what ``quire up`` runs."""
-    if options.draft and options.speculate not in ("model", "head"):
-        raise InvalidRequest("--draft", "nobody drafts", "--speculate model or head")
+    if options.draft and options.speculate not in ("auto", "model", "head"):
+        raise InvalidRequest("--draft", "nobody drafts", "--speculate auto, model or head")
     if options.draft_weights and options.speculate != "model":
         raise InvalidRequest("--draft-weights", "no model drafts", "--speculate model")
     if options.local:

@@ -232,7 +232,7 @@ class Worker(ABC):
                 num_waiting=core.scheduler.num_waiting,
                 pages=pages,
                 totals=asdict(core.totals),
-                drafts=None if core.speculator is None else core.speculator.stats,
+                drafts=() if core.speculator is None else core.speculator.all_stats,
             )
 
         self.metrics.watch(load)

@@ -11,7 +11,9 @@ from engine.speculation.draft_model import DraftModel
 from engine.speculation.lengths import StepTimes
 from engine.speculation.loading import Drafter, load_drafter
 from engine.speculation.measure import measure_steps
-from engine.speculation.speculator import SpeculationStats, Speculator, open_speculator
+from engine.speculation.opening import open_speculator
+from engine.speculation.pair import SpeculatorPair
+from engine.speculation.speculator import SpeculationStats, Speculator
 
 __all__ = [
     "DraftHead",
@@ -21,6 +23,7 @@ __all__ = [
     "SequencePages",
     "SpeculationStats",
     "Speculator",
+    "SpeculatorPair",
     "StepTimes",
     "load_drafter",
     "measure_steps",

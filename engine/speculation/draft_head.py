@@ -44,6 +44,7 @@ FORMAT = "quire-draft-head-2"
 EXPECTED = 0.5
 _STEP = 0.1  # by how much a measured step moves what is known
 _TRIES = 5
+_FAR = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +199,8 @@ class DraftHead:
         self._pages = pages
         self._generations = generations
         self._sequences: dict[str, _Sequence] = {}
-        self.seconds_per_token = self._measured()
+        self._next_s = (self._measured(_FAR) - self._measured(1)) / (_FAR - 1)
+        self._first_s = self._measured(1)
 
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
         self._sequences[name] = _Sequence(tokens[-1], len(tokens))
@@ -213,6 +215,10 @@ class DraftHead:
 
     def start_s(self, name: str) -> float:
         return 0.0
+
+    def draft_s(self, longest: int) -> float:
+        """The first finds the caches emptied by the target's weights, those after it do not."""
+        return self._first_s + (longest - 1) * self._next_s
 
     def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:
         """Nothing for a sequence of which no step has told a hidden row yet."""
@@ -235,8 +241,8 @@ class DraftHead:
                 rows, numbers, self._ids, self._pages.kv, self._pages.layout
             ).tolist()
             drafts = {name: each[: lengths[name]] for name, each in zip(names, found, strict=True)}
-        took = (time.perf_counter() - began) / longest
-        self.seconds_per_token += _STEP * (took - self.seconds_per_token)
+        took = time.perf_counter() - began
+        self._first_s += _STEP * (took - self.draft_s(longest))
         return nothing | {name: Draft(tuple(each), EXPECTED) for name, each in drafts.items()}
 
     def _room(self, name: str) -> int:
@@ -291,8 +297,9 @@ class DraftHead:
         batch = rows.batch(best_only=False, hidden=states)
         return self._decoder.forward(batch, self._pages.kv, self._pages.layout).numpy(), states
 
-    def _measured(self) -> float:
-        """Seconds of a draft of one row, the best of a few; writes into the pool's first page."""
+    def _measured(self, number: int) -> float:
+        """Seconds of so many drafts of one sequence, the best of a few; writes into the pool's
+        first page."""
         row = DraftRows(
             np.zeros(1, dtype=np.int64),
             np.ones((1, self.hidden_width), dtype=np.float32),
@@ -303,7 +310,7 @@ class DraftHead:
         for _ in range(_TRIES):
             began = time.perf_counter()
             self._decoder.draft(
-                row, np.ones(1, dtype=np.int64), self._ids, self._pages.kv, self._pages.layout
+                row, np.array([number]), self._ids, self._pages.kv, self._pages.layout
             )
             times.append(time.perf_counter() - began)
         return min(times)

@@ -74,7 +74,7 @@ class DraftModel:
         self._generations = generations
         self._sequences: dict[str, _Sequence] = {}
         seconds = measure_steps(model, self._memory.kv, self._layout)
-        self.seconds_per_token = seconds[1]
+        self._seconds_per_token = seconds[1]
         self._seconds_per_row = seconds[max(seconds)] / max(seconds)
 
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
@@ -91,6 +91,9 @@ class DraftModel:
     def start_s(self, name: str) -> float:
         sequence = self._sequences[name]
         return (len(sequence.tokens) - 1 - sequence.num_agreed) * self._seconds_per_row
+
+    def draft_s(self, longest: int) -> float:
+        return longest * self._seconds_per_token
 
     def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:
         """Nothing for a sequence that finds no pages."""
@@ -139,7 +142,7 @@ class DraftModel:
             found.tolist() if best_only else choose_drafts(self._generations, drafts, names, found)
         )
         took = time.perf_counter() - began
-        self.seconds_per_token += _STEP * (took - self.seconds_per_token)
+        self._seconds_per_token += _STEP * (took - self._seconds_per_token)
         return dict(zip(names, ids, strict=True))
 
     def _forward(

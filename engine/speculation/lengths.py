@@ -10,7 +10,7 @@ tokens over expected time largest, which may be none: the goodput rule of SmartS
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,12 +103,12 @@ def best_lengths(
     num_tokens: int,
     num_rows: int,
     times: StepTimes,
-    draft_s: float = 0.0,
+    draft_s: Callable[[int], float] = lambda longest: 0.0,
 ) -> Lengths:
     """For a step that brings ``num_tokens`` with ``num_rows`` rows anyway.
 
     ``rates`` are the chances that a draft is right, ``most`` how many there are or may be; making
-    all of them one longer takes ``draft_s``.
+    them takes ``draft_s(longest)``.
     """
     lengths, best = [0] * len(rates), [0] * len(rates)
     tokens = float(num_tokens)
@@ -124,7 +124,7 @@ def best_lengths(
         longest = max(longest, lengths[index])
         rows += 1
         tokens -= gain
-        seconds = (seconds_of[rows] + draft_s * longest) / tokens
+        seconds = (seconds_of[rows] + draft_s(longest)) / tokens
         if seconds < least:
             least = seconds
             best = lengths.copy()

@@ -27,13 +27,16 @@ def load_drafter(
     progress: ProgressSink | None = None,
 ) -> Drafter | None:
     """None where the mode drafts without. ``draft`` is the name or path of a model ("model";
-    without one it is the target itself in other ``weights``) or the path of a head ("head";
-    without one it is what comes with the package for the target). Raises ModelError."""
+    without one it is the target itself in other ``weights``) or the path of a head ("head" and
+    "auto"; without one it is what comes with the package for the target, if any does). Raises
+    ModelError."""
     if mode == "model":
         return load_draft(target, draft, weights, progress)
-    if mode != "head":
+    if mode not in ("head", "auto"):
         return None
     path = Path(draft) if draft else packaged_head(target.model.spec.digest)
+    if path is None and mode == "auto":
+        return None
     if path is None:
         raise ModelError(
             f"no draft head comes with {target.name}; `quire draft train` makes one for --draft"

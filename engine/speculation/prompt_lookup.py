@@ -30,7 +30,6 @@ _READ_OF_PROMPT = 16
 class PromptLookup:
     """Proposes what followed the match that promises most."""
 
-    seconds_per_token = 0.0
     expects = None
     hidden_width = 0
 
@@ -65,6 +64,9 @@ class PromptLookup:
             self._past.add(text.tenant, text.own.tokens[text.num_given :])
 
     def start_s(self, name: str) -> float:
+        return 0.0
+
+    def draft_s(self, longest: int) -> float:
         return 0.0
 
     def _draft(self, text: _Text, most: int) -> Draft:

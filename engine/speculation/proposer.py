@@ -31,9 +31,9 @@ class Proposer(Protocol):
     @property
     def name(self) -> str: ...
 
-    @property
-    def seconds_per_token(self) -> float:
-        """What one more token in all drafts takes; 0 if that is not worth counting."""
+    def draft_s(self, longest: int) -> float:
+        """Seconds that drafts take of which the longest has so many tokens, at least one; 0 if that
+        is not worth counting."""
         ...
 
     @property

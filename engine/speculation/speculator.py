@@ -10,13 +10,8 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from math import inf
 
-from engine.modes import SPECULATION_MODES
 from engine.plan import Drafted
-from engine.speculation.draft_head import DraftHead
-from engine.speculation.draft_model import DraftModel
 from engine.speculation.lengths import Acceptance, StepTimes, best_lengths
-from engine.speculation.past_outputs import PastOutputs
-from engine.speculation.prompt_lookup import PromptLookup
 from engine.speculation.proposer import Draft, Floats, Proposer
 
 log = logging.getLogger(__name__)
@@ -102,20 +97,37 @@ class Speculator:
         else:
             self._usual += _RETURN_STEP * (expects - self._usual)
 
-    def drafts(self, left: Mapping[str, int], prompt_rows: int) -> list[Drafted]:
+    @property
+    def all_stats(self) -> tuple[SpeculationStats, ...]:
+        return (self.stats,)
+
+    def promises(self, left: Mapping[str, int], prompt_rows: int) -> dict[str, float]:
+        """Of the sequences that ``drafts`` would draft for, how likely each draft is to be right;
+        none of a proposer that does not say so beforehand."""
+        most = self._most(left)
+        if self._usual is None or not most:
+            return {}
+        expected = dict.fromkeys(most, self._usual)
+        lengths = self._lengths(most, expected, left, (len(left), len(left) + prompt_rows))
+        return {name: self._acceptance[name].rate(self._usual) for name in lengths}
+
+    def drafts(
+        self,
+        left: Mapping[str, int],
+        prompt_rows: int,
+        least: Mapping[str, float] | None = None,
+        others: int = 0,
+    ) -> list[Drafted]:
         """For the next step, in which each of these sequences has a row and may still bring so many
-        tokens, and which may have so many rows of prompts."""
+        tokens, and which may have so many rows of prompts; none of a sequence whose drafts promise
+        less than its ``least``. ``others`` bring tokens beside them."""
         began = time.perf_counter()
-        most = {
-            name: min(number - 1, MOST_DRAFTS)
-            for name, number in left.items()
-            if number > 1 and name in self._acceptance
-        }
+        most = self._most(left)
         if not most:
             return []
-        rows = (len(left), len(left) + prompt_rows)
+        rows = (len(left) + others, len(left) + others + prompt_rows)
         if self._usual is None:
-            drafts = self._proposed(most)
+            drafts = self._worth(least or {}, self._proposed(most))
             lengths = self._lengths(
                 {name: len(each.tokens) for name, each in drafts.items()},
                 {name: each.confidence for name, each in drafts.items()},
@@ -130,6 +142,20 @@ class Speculator:
         found = {name: draft.tokens[: lengths.get(name, 0)] for name, draft in drafts.items()}
         return [Drafted(name, tokens) for name, tokens in found.items() if tokens]
 
+    def _most(self, left: Mapping[str, int]) -> dict[str, int]:
+        return {
+            name: min(number - 1, MOST_DRAFTS)
+            for name, number in left.items()
+            if number > 1 and name in self._acceptance
+        }
+
+    def _worth(self, least: Mapping[str, float], drafts: dict[str, Draft]) -> dict[str, Draft]:
+        return {
+            name: draft
+            for name, draft in drafts.items()
+            if name not in least or self._acceptance[name].rate(draft.confidence) >= least[name]
+        }
+
     def _lengths(
         self,
         most: Mapping[str, int],
@@ -139,7 +165,7 @@ class Speculator:
     ) -> dict[str, int]:
         """Those of the drafts that are worth it. ``rows`` are those that bring tokens, and all."""
         rates = [self._acceptance[name].rate(confidence[name]) for name in most]
-        draft_s = self.proposer.seconds_per_token
+        draft_s = self.proposer.draft_s
         found = best_lengths(rates, list(most.values()), *rows, self.times, draft_s)
         lengths = {name: length for name, length in zip(most, found.each, strict=True) if length}
         late = {each for each in lengths if self._start_s(each) > left[each] * found.saved_s}
@@ -196,18 +222,3 @@ def _num_equal(drafts: Sequence[int], token_ids: Sequence[int]) -> int:
         if draft != token_id:
             return position
     return min(len(drafts), len(token_ids))
-
-
-def open_speculator(
-    kind: str, vocab_size: int, times: StepTimes, draft: DraftModel | DraftHead | None = None
-) -> Speculator:
-    """Of a kind in SPECULATION_MODES but off; "model" and "head" take ``draft``. Raises
-    ValueError."""
-    if kind == "lookup":
-        return Speculator(PromptLookup(), vocab_size, times)
-    if kind == "history":
-        return Speculator(PromptLookup(PastOutputs()), vocab_size, times)
-    if draft is not None and kind == draft.name:
-        return Speculator(draft, vocab_size, times)
-    names = ", ".join(SPECULATION_MODES[1:])
-    raise ValueError(f"speculate must be one of {names}, the last two with a draft: {kind!r}")

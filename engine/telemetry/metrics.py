@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Thread
@@ -30,7 +30,7 @@ class Load:
     """Number of slots of the pool by page state."""
     totals: Mapping[str, float]
     """What the steps so far add up to, by name: steps, rows, prompt rows, bytes, seconds."""
-    drafts: SpeculationStats | None = None
+    drafts: tuple[SpeculationStats, ...] = ()
 
 
 class Metrics:
@@ -124,25 +124,28 @@ class _LoadCollector(Collector):
         yield pages
         for name, value in load.totals.items():
             yield CounterMetricFamily(f"quire_{name}", "Of the engine's steps so far", value)
-        if load.drafts is not None:
+        if load.drafts:
             yield from _metrics_of(load.drafts)
 
 
-def _metrics_of(drafts: SpeculationStats) -> Iterator[Metric]:
+def _metrics_of(proposers: Sequence[SpeculationStats]) -> Iterator[Metric]:
     labels = ["proposer"]
     proposed = CounterMetricFamily("quire_drafted_tokens", "Drafts verified", labels=labels)
-    proposed.add_metric([drafts.proposer], drafts.proposed)
+    for drafts in proposers:
+        proposed.add_metric([drafts.proposer], drafts.proposed)
     yield proposed
     seconds = CounterMetricFamily("quire_draft_seconds", "Time spent drafting", labels=labels)
-    seconds.add_metric([drafts.proposer], drafts.draft_time)
+    for drafts in proposers:
+        seconds.add_metric([drafts.proposer], drafts.draft_time)
     yield seconds
     accepted = CounterMetricFamily(
         "quire_accepted_tokens",
         "Drafts that were right, by their position; each saved a pass",
         labels=[*labels, "position"],
     )
-    for position, count in enumerate(drafts.accepted_at):
-        accepted.add_metric([drafts.proposer, str(position)], count)
+    for drafts in proposers:
+        for position, count in enumerate(drafts.accepted_at):
+            accepted.add_metric([drafts.proposer, str(position)], count)
     yield accepted
 
 

@@ -24,7 +24,7 @@ from engine.modes import SPECULATION_MODES
 from engine.recording import replay
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerLimits
-from engine.speculation import DraftModel, Speculator, StepTimes
+from engine.speculation import DraftModel, Speculator, SpeculatorPair, StepTimes
 from engine.speculation.head_training import HeadNet, save_head
 from engine.speculation.proposer import Draft, Floats
 from tests.integration.cluster import running
@@ -51,7 +51,6 @@ class Knowing:
     """Knows how every sequence goes on, but spoils what it says."""
 
     name = "knowing"
-    seconds_per_token = 0.0
     expects = None
     hidden_width = 0
 
@@ -78,6 +77,9 @@ class Knowing:
         return Draft()
 
     def start_s(self, name: str) -> float:
+        return 0.0
+
+    def draft_s(self, longest: int) -> float:
         return 0.0
 
     def forget(self, name: str) -> None:
@@ -136,7 +138,7 @@ async def test_with_any_drafts_a_stream_is_the_one_without(kind: str, spoiled: s
     expected = await unbroken(params)
     async with drafting(SPOILED[spoiled], sequences_of(expected, params)) as engine:
         found = await items_of(engine, params)
-        failures = engine.engine.core.speculator.stats.failures  # type: ignore[union-attr]
+        failures = engine.engine.core.speculator.all_stats[0].failures  # type: ignore[union-attr]
     check_same(found, expected, params)
     assert (failures > 0) == (spoiled == "raises")
     if spoiled in ("always wrong", "no tokens"):
@@ -283,7 +285,7 @@ async def test_a_model_that_drafts_chooses_with_the_targets_noise(kind: str) -> 
     expected = await unbroken(params)
     async with AsyncLocalEngine("hash", **model_options()) as engine:  # type: ignore[arg-type]
         core = engine.engine.core
-        assert core.speculator is not None
+        assert isinstance(core.speculator, Speculator)
         core.speculator.times = FREE
         found = await items_of(engine, params)
         drafter = core.speculator.proposer
@@ -302,7 +304,7 @@ async def test_a_model_that_drafts_feeds_only_what_it_has_not_seen() -> None:
     expected = await unbroken(params)
     async with AsyncLocalEngine("hash", **model_options()) as engine:  # type: ignore[arg-type]
         speculator = engine.engine.core.speculator
-        assert speculator is not None
+        assert isinstance(speculator, Speculator)
         speculator.times = FREE
         drafter = speculator.proposer
         assert isinstance(drafter, DraftModel)
@@ -355,11 +357,13 @@ def heads_own_words(target: LoadedModel, path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("speculate", ["head", "auto"])
 @pytest.mark.parametrize("kind", KINDS)
 async def test_with_a_head_a_stream_is_the_one_without(
-    kind: str, tiny: LoadedModel, tmp_path: Path
+    kind: str, speculate: str, tiny: LoadedModel, tmp_path: Path
 ) -> None:
-    """Whether it drafts greedily or with noise, within a page, over its end, or preempted."""
+    """Whether it drafts greedily or with noise, within a page, over its end, or preempted; alone or
+    where nothing is to be copied."""
     params = KINDS[kind]
     path = heads_own_words(tiny, tmp_path / "head.safetensors")
     async with AsyncLocalEngine(tiny, page_size=16) as engine:
@@ -370,15 +374,17 @@ async def test_with_a_head_a_stream_is_the_one_without(
             page_size=16,
             check_pages=True,
             pool_tokens=pool_tokens,
-            speculate="head",
+            speculate=speculate,
             draft=str(path),
         ) as engine:
-            core = engine.engine.core
-            assert core.speculator is not None
-            core.speculator.times = FREE
-            core.speculator.proposer.seconds_per_token = 0.0  # type: ignore[misc]
+            speculator = engine.engine.core.speculator
+            assert speculator is not None
+            speculator.times = FREE
+            head = speculator.then if isinstance(speculator, SpeculatorPair) else speculator
+            head.proposer.draft_s = lambda longest: 0.0  # type: ignore[method-assign]
             found = await items_of(engine, params)
-            assert core.speculator.stats.failures == 0
+            assert not any(stats.failures for stats in speculator.all_stats)
+            assert head.stats.proposed > 0
         check_same(found, expected, params)
     usage = found[-1].usage  # type: ignore[union-attr]
     assert usage.drafted_tokens > 0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from engine.plan import Drafted, Outcome, StepPlan, Submit
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.sequence import Goal
-from engine.speculation import Speculator, StepTimes, open_speculator
+from engine.speculation import Speculator, SpeculatorPair, StepTimes, open_speculator
 from engine.speculation.lengths import Acceptance, Lengths, best_lengths
 from engine.speculation.past_outputs import MOST_TENANTS, MOST_TOKENS, PastOutputs
 from engine.speculation.prompt_lookup import PromptLookup
@@ -207,7 +207,9 @@ def test_a_plateau_behind_a_dear_row_is_found() -> None:
 
 def test_what_drafts_save_is_told_by_token() -> None:
     assert best_lengths([0.5], [1], 1, 1, FLAT).saved_s == pytest.approx(1 - 1 / 1.5)
-    assert best_lengths([0.5], [1], 1, 1, FLAT, draft_s=9.0).saved_s == 0.0
+    assert (
+        best_lengths([0.5], [1], 1, 1, FLAT, draft_s=lambda longest: 9.0 * longest).saved_s == 0.0
+    )
 
 
 def test_rows_of_prompts_fill_the_step_and_bring_no_tokens() -> None:
@@ -276,7 +278,7 @@ class Fixed:
     """Proposes the same, whatever the sequence."""
 
     name = "fixed"
-    seconds_per_token = 0.0
+    seconds_per_draft = 0.0
     expects: float | None = None
     hidden_width = 0
     starts_after_s = 0.0
@@ -297,6 +299,9 @@ class Fixed:
 
     def start_s(self, name: str) -> float:
         return self.starts_after_s
+
+    def draft_s(self, longest: int) -> float:
+        return longest * self.seconds_per_draft
 
     def forget(self, name: str) -> None:
         del self.known[name]
@@ -375,8 +380,70 @@ def test_a_proposer_that_raises_costs_one_sequence_its_drafts(
     assert made.drafts({"bad": 9, "a": 9}, 0) == [Drafted("a", (1, 2))]
 
 
+# -- two of them
+
+
+class Copying(Fixed):
+    """Has drafts for some sequences only, and promises little."""
+
+    def __init__(self, names: str, confidence: float, *tokens: int) -> None:
+        super().__init__(*tokens)
+        self.names, self.confidence = names, confidence
+
+    def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:
+        return {
+            name: Draft(self.tokens, self.confidence) if name in self.names else Draft()
+            for name in most
+        }
+
+
+def pair(copying: Copying, expected: float, draft_s: float = 0.0) -> SpeculatorPair:
+    """Of which the second one drafts 7 and 8."""
+    knowing = Fixed(7, 8)
+    knowing.expects, knowing.seconds_per_draft = expected, draft_s
+    made = SpeculatorPair(*(Speculator(each, 10, FLAT) for each in (copying, knowing)))
+    for name in ("a", "b"):
+        made.begin(name, [1, 2], "")
+    return made
+
+
+def test_what_one_has_no_drafts_for_the_other_drafts() -> None:
+    made = pair(Copying("a", 0.9, 1, 2, 3), expected=0.9)
+    drafted = made.drafts({"a": 9, "b": 9}, 0)
+    assert drafted == [Drafted("a", (1, 2, 3)), Drafted("b", (7, 8))]
+
+
+@pytest.mark.parametrize(("promised", "drafted"), [(0.65, (1, 2)), (0.6, (7, 8))])
+def test_drafts_for_nothing_are_taken_unless_others_promise_clearly_more(
+    promised: float, drafted: tuple[int, ...]
+) -> None:
+    made = pair(Copying("a", promised, 1, 2), expected=0.9)
+    assert made.drafts({"a": 9}, 0) == [Drafted("a", drafted)]
+
+
+def test_drafts_for_nothing_are_taken_where_others_are_not_worth_making() -> None:
+    made = pair(Copying("a", 0.3, 1, 2), expected=0.9, draft_s=100.0)
+    assert made.drafts({"a": 9, "b": 9}, 0) == [Drafted("a", (1, 2))]
+
+
+def test_each_learns_from_its_own_drafts_and_sees_every_token() -> None:
+    made = pair(Copying("a", 0.9, 1, 2), expected=0.9)
+    made.drafts({"a": 9, "b": 9}, 0)
+    made.verified("a", (1, 2), [1, 5])
+    made.verified("b", (7, 8), [7, 8, 9])
+    made.verified("b", (), [4])
+    first, then = made.all_stats
+    assert (first.proposed, first.accepted) == (2, 1)
+    assert (then.proposed, then.accepted) == (2, 2)
+    for each in (made.first, made.then):
+        assert isinstance(each.proposer, Fixed)
+        assert each.proposer.known == {"a": [1, 2, 1, 5], "b": [1, 2, 7, 8, 9, 4]}
+    made.forget("a")
+    assert [each.name for each in made.drafts({"a": 9, "b": 9}, 0)] == ["b"]
+
+
 def test_an_unknown_proposer_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"one of lookup, history, model, head, .*: 'magic'"):
+    with pytest.raises(ValueError, match=r"one of auto, lookup, history, model, head, .*: 'magic'"):
         open_speculator("magic", 10, FLAT)
 
 
