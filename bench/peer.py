@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,35 +18,18 @@ from pathlib import Path
 from statistics import median
 
 from bench.decode import bench_decode
+from bench.llama_cpp import LlamaCpp, add_llama_cpp, model_file
 from bench.load import Load, Report, Row
 from bench.machine import Machine
-from bench.options import add_modes, count, counts, names, open_models
+from bench.options import add_modes, count, counts, open_models
 from bench.prefill import bench_prefill
-from engine.errors import InvalidRequest
-from engine.model.load import PACKAGED, packaged_file
-from kernels.threads import configured_threads
 
-FOLDER_FLAG = "--llama-cpp"
 BENCHES = {"decode": bench_decode, "prefill": bench_prefill}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_modes(parser)
-    parser.add_argument(
-        FOLDER_FLAG,
-        dest="folder",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder of llama-batched-bench and llama-quantize",
-    )
-    parser.add_argument(
-        "--types",
-        type=names,
-        default=("Q8_0", "Q4_0", "BF16"),
-        metavar="Q8_0,BF16",
-        help="what llama.cpp runs the model in (default %(default)s)",
-    )
+    add_llama_cpp(parser, required=True)
     parser.add_argument("--batch", type=counts, default=(1, 8, 32), metavar="1,8")
     parser.add_argument("--context", type=count, default=128, help="tokens of a prompt to decode")
     parser.add_argument("--tokens", type=count, default=64, help="generated from each prompt")
@@ -80,7 +60,7 @@ def run(options: argparse.Namespace, machine: Machine, report: Report) -> list[R
             for kind, file in files.items():
                 report(f"repeat {repeat} of {options.repeat}: llama.cpp {kind}")
                 for case in cases_of(options):
-                    theirs[kind, case].append(peer.tokens_per_s(file, case))
+                    theirs[kind, case].append(peer.tokens_per_s(file, case.load, case.kind))
             for loaded in open_models(options):
                 spec = loaded.model.spec
                 for case in cases_of(options):
@@ -114,63 +94,3 @@ def row_of(mode: str, case: Case, speeds: Sequence[float], theirs: Speeds) -> Ro
     row |= {f"llama_cpp_{kind}": peer for kind, peer in peers.items()}
     row |= {f"to_{kind}": speed / peer for kind, peer in peers.items()}
     return row | {"to_best": speed / max(peers.values())}
-
-
-def model_file(model: str) -> Path:
-    """The GGUF file of a name or path. Raises InvalidRequest if it is none."""
-    path = packaged_file(model) if model in PACKAGED else Path(model)
-    if not path.is_file():
-        raise InvalidRequest("--model", f"{model} is not a file", "a GGUF file, smollm2")
-    return path
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaCpp:
-    """The programs in ``folder``. What fails raises InvalidRequest with the program's last line."""
-
-    folder: Path
-
-    def convert(self, model: Path, kind: str, into: Path) -> Path:
-        """The model's file in a type, as ``Q8_0``."""
-        file = into / f"{kind}.gguf"
-        self._run("llama-quantize", "--allow-requantize", model, file, kind)
-        return file
-
-    def tokens_per_s(self, model: Path, case: Case) -> float:
-        load, threads = case.load, configured_threads()
-        context = load.batch * (load.prompt + load.tokens)
-        lines = self._run(
-            "llama-batched-bench",
-            *("-m", model, "-c", context, "-b", 2048, "-ub", 512, "-t", threads),
-            *("-npp", load.prompt, "-ntg", load.tokens, "-npl", load.batch),
-            *("--output-format", "jsonl"),
-        )
-        return speed_of(lines, case.kind)
-
-    def _run(self, program: str, *arguments: object) -> str:
-        path = self.folder / program
-        libraries = {"LD_LIBRARY_PATH": f"{self.folder}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
-        try:
-            done = subprocess.run(
-                [path, *map(str, arguments)],
-                env={**os.environ, **libraries},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        except OSError as error:
-            raise InvalidRequest(
-                FOLDER_FLAG, f"{path}: {error.strerror}", "a folder of llama.cpp's programs"
-            ) from None
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise InvalidRequest(
-                FOLDER_FLAG, f"{program} ended with {done.returncode}: {last}", "programs that run"
-            )
-        return done.stdout
-
-
-def speed_of(lines: str, kind: str) -> float:
-    """Tokens per second from the one result of llama-batched-bench."""
-    (result,) = (json.loads(line) for line in lines.splitlines() if line.startswith("{"))
-    return float(result["speed_pp" if kind == "prefill" else "speed_tg"])

@@ -362,7 +362,7 @@ def test_a_speedup_has_the_interval_of_its_pairs() -> None:
         matched_stop=None,
         prefilled="local",
     )
-    found = [completion] * 2
+    found = speculate.drafts_of([completion] * 2)
     row = speculate.figures([speculate.Pair(2.0, 1.0), speculate.Pair(8.0, 4.0)], found)
     assert row["accepted_per_pass"] == pytest.approx(24 / 16)
     assert row["speedup"] == row["speedup_low"] == row["speedup_high"] == pytest.approx(2.0)

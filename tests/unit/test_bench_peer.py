@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.llama_cpp import LlamaCpp, Lookup, model_file, speed_of
 from bench.load import Load
-from bench.peer import Case, LlamaCpp, model_file, row_of, speed_of
+from bench.peer import Case, row_of
 from engine.errors import InvalidRequest
 
 DECODE = Case("decode", Load(batch=8, prompt=128, tokens=64, repeat=1))
@@ -48,10 +49,34 @@ def program(folder: Path, name: str, script: str) -> None:
 
 def test_a_case_is_run_with_its_batch_prompt_and_tokens(tmp_path: Path) -> None:
     program(tmp_path, "llama-batched-bench", f"echo \"$@\" > {tmp_path}/asked; echo '{RESULT}'")
-    assert LlamaCpp(tmp_path).tokens_per_s(Path("m.gguf"), DECODE) == 150
+    assert LlamaCpp(tmp_path).tokens_per_s(Path("m.gguf"), DECODE.load, "decode") == 150
     asked = (tmp_path / "asked").read_text()
     assert "-m m.gguf -c 1536 " in asked
     assert "-npp 128 -ntg 64 -npl 8 " in asked
+
+
+LOOKUP = """0.01.362 I decoded   66 tokens in    0.968 seconds, speed:   68.165 t/s
+0.01.362 I n_draft      = 8
+0.01.362 I n_predict    = 66
+0.01.362 I n_drafted    = 48
+0.01.362 I n_accept     = 14
+"""
+
+
+def test_a_text_is_looked_up_with_the_prompt_and_drafts_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "said").write_text(LOOKUP)
+    script = f'echo "$@" > {tmp_path}/asked; cat {tmp_path}/said >&2'
+    program(tmp_path, "llama-lookup", script)
+    found = LlamaCpp(tmp_path).lookup(Path("m.gguf"), "<|im_start|>user", 64, 8)
+    assert found == Lookup(num_tokens=66, seconds=0.968, drafted=48, accepted=14)
+    asked = (tmp_path / "asked").read_text()
+    assert "--temp 0 -p <|im_start|>user -n 64 --ignore-eos --spec-draft-n-max 8" in asked
+
+
+def test_a_lookup_that_tells_no_speed_is_refused(tmp_path: Path) -> None:
+    program(tmp_path, "llama-lookup", "echo done")
+    with pytest.raises(InvalidRequest, match="llama-lookup did not tell its speed"):
+        LlamaCpp(tmp_path).lookup(Path("m.gguf"), "a", 4, 8)
 
 
 def test_a_folder_without_the_programs_is_refused_by_its_flag(tmp_path: Path) -> None:
