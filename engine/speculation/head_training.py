@@ -1,7 +1,9 @@
 """Trains a draft head for a model, on text that the model itself writes.
 
-The model writes users' messages too: given only the chat template's beginning of one, it makes one
-up (Magpie: Xu et al., 2024, arXiv:2406.08464). Its answers are run through it once more for their
+The model writes users' messages too: given the chat template's beginning of one, and mostly a few
+words that messages begin with (``openings.txt``), it makes one up (Magpie: Xu et al., 2024,
+arXiv:2406.08464). Its answers, as far as they do not go round in circles, are run through it once
+more for their
 hidden rows, the last layer's keys and values, and what it would have said at every position, and
 the head learns to say the same from each hidden row, ``DEPTH`` tokens far, fed with the tokens that
 stand there and with its own states ("training-time test", EAGLE-3: Li et al., 2025,
@@ -10,6 +12,7 @@ arXiv:2503.01840). It starts as the target's last layer.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +48,10 @@ DEPTH = 3
 FIRST_ALONE = 0.4  # the share of the time in which only the first position is taught
 FADE = 0.8  # what a position weighs beside the one before it
 MESSAGE_TOKENS, ANSWER_TOKENS = 128, 256
-TEMPERATURES = (0.0, 0.0, 0.7)
+TEMPERATURES = (0.0, 0.7)
+OPENINGS = Path(__file__).with_name("openings.txt")
+WITHOUT_OPENING = 4  # one message of so many
+CIRCLE = 16  # tokens that an answer may not say twice
 STREAMS = 64
 PAGE_SIZE = 32
 BATCH_ROWS = 1024
@@ -120,35 +126,67 @@ async def train(
 # -- text
 
 
+Answers = list[tuple[tuple[int, ...], tuple[int, ...]]]
+
+
 async def write_answers(
     loaded: LoadedModel, settings: TrainingSettings, progress: ProgressSink
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+) -> Answers:
     """Prompts and answers, both the model's own."""
     before, after = user_turn(loaded.tokenizer)
-    limits = SchedulerLimits(max_sequences=STREAMS)
-    pool_tokens = STREAMS * (len(before) + MESSAGE_TOKENS + ANSWER_TOKENS + 2 * PAGE_SIZE)
-    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    openings = [
+        tuple(loaded.tokenizer.encode(line, parse_special=False))
+        for line in OPENINGS.read_text().splitlines()
+    ]
+    longest = max(map(len, openings)) + len(before) + MESSAGE_TOKENS + len(after) + ANSWER_TOKENS
+    found: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    seeds = count(settings.seed * 1_000_003 + 1)
     num_done = 0
+
+    async def write(engine: AsyncLocalEngine) -> None:
+        """One text after the other: while some end and others begin, steps stay full."""
+        nonlocal num_done
+        while num_done < settings.num_tokens:
+            seed = next(seeds)
+            start = (*before, *_opening(openings, seed))
+            (message,) = await engine.generate([start], _message(seed))
+            prompt = (*start, *_without_end(message.token_ids, loaded), *after)
+            (answer,) = await engine.generate([prompt], _answer(seed))
+            found[seed] = prompt, up_to_circle(answer.token_ids)
+            num_done += len(found[seed][1])
+            progress.advance(len(found[seed][1]))
+
     async with AsyncLocalEngine(
-        loaded, pool_tokens=pool_tokens, page_size=PAGE_SIZE, limits=limits
+        loaded,
+        pool_tokens=STREAMS * (longest + 2 * PAGE_SIZE),
+        page_size=PAGE_SIZE,
+        limits=SchedulerLimits(max_sequences=STREAMS),
     ) as engine:
         with progress.begin("writing text", settings.num_tokens):
-            for first in count(settings.seed * 1_000_003 + 1, STREAMS):
-                if num_done >= settings.num_tokens:
-                    break
-                seeds = range(first, first + STREAMS)
-                messages = await engine.generate([before] * STREAMS, list(map(_message, seeds)))
-                prompts = [(*before, *_without_end(m.token_ids, loaded), *after) for m in messages]
-                answers = await engine.generate(prompts, list(map(_answer, seeds)))
-                for prompt, answer in zip(prompts, answers, strict=True):
-                    found.append((prompt, tuple(answer.token_ids)))
-                    num_done += len(answer.token_ids)
-                    progress.advance(len(answer.token_ids))
-    return found
+            async with asyncio.TaskGroup() as group:
+                for _ in range(STREAMS):
+                    group.create_task(write(engine))
+    return [found[seed] for seed in sorted(found)]
+
+
+def _opening(openings: Sequence[tuple[int, ...]], seed: int) -> tuple[int, ...]:
+    return openings[seed % len(openings)] if seed % WITHOUT_OPENING else ()
+
+
+def up_to_circle(tokens: Sequence[int]) -> tuple[int, ...]:
+    """Without what follows once ``CIRCLE`` tokens were said a second time: it teaches little and is
+    easily right."""
+    seen = set()
+    for end in range(CIRCLE, len(tokens) + 1):
+        last = tuple(tokens[end - CIRCLE : end])
+        if last in seen:
+            return tuple(tokens[:end])
+        seen.add(last)
+    return tuple(tokens)
 
 
 def _message(seed: int) -> SamplingParams:
-    return SamplingParams(max_tokens=MESSAGE_TOKENS, temperature=1.0, top_p=0.95, seed=seed)
+    return SamplingParams(max_tokens=MESSAGE_TOKENS, temperature=0.8, top_p=0.95, seed=seed)
 
 
 def _answer(seed: int) -> SamplingParams:
@@ -180,7 +218,7 @@ def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
 
 def features(
     model: LlamaModel,
-    answers: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    answers: Answers,
     progress: ProgressSink,
 ) -> list[Text]:
     """Of answers of more than ``DEPTH`` tokens."""

@@ -379,7 +379,7 @@ async def test_with_a_head_a_stream_is_the_one_without(
         ) as engine:
             speculator = engine.engine.core.speculator
             assert speculator is not None
-            speculator.times = FREE
+            speculator.times = StepTimes({1: 1.0, 256: 1.0})
             head = speculator.then if isinstance(speculator, SpeculatorPair) else speculator
             head.proposer.draft_s = lambda longest: 0.0  # type: ignore[method-assign]
             found = await items_of(engine, params)
