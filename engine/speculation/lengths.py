@@ -10,10 +10,10 @@ tokens over expected time largest, which may be none: the goodput rule of SmartS
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import accumulate
 
 # What a rate remembers: a verified draft counts a tenth less with every one after it; without
 # drafts it returns to what the proposer promises, so that a sequence is tried again some day.
@@ -51,42 +51,45 @@ class Acceptance:
 
 
 class StepTimes:
-    """Seconds of a decode step by its number of rows; between measured numbers a straight line."""
+    """Seconds of a decode step by its number of rows; between measured numbers a straight line.
+
+    Without numpy: it runs between two steps, when no cache has anything of numpy's.
+    """
 
     def __init__(self, measured: Mapping[int, float]) -> None:
         """``measured``: seconds by rows, at least one. No step counts as longer than one of more
         rows: whatever held it up was not its rows."""
-        self._rows = np.array(sorted(measured), dtype=np.float64)
-        self._measured = np.array([measured[int(rows)] for rows in self._rows])
-        self._own = np.zeros(len(self._rows))
+        self._rows = sorted(measured)
+        self._own = [measured[rows] for rows in self._rows]
         self._extra = 0.0
         self._update()
 
     def seconds(self, num_rows: int) -> float:
         rows, seconds = self._rows, self._seconds
-        if num_rows > rows[-1]:
-            return float(seconds[-1] * num_rows / rows[-1]) + self._extra
-        return float(np.interp(num_rows, rows, seconds)) + self._extra
+        after = bisect_left(rows, num_rows)
+        if after == len(rows):
+            return seconds[-1] * num_rows / rows[-1] + self._extra
+        if after == 0:
+            return seconds[0] + self._extra
+        share = (num_rows - rows[after - 1]) / (rows[after] - rows[after - 1])
+        return seconds[after - 1] + share * (seconds[after] - seconds[after - 1]) + self._extra
 
     def up_to(self, num_rows: int) -> list[float]:
         """``seconds`` of 0, 1, ... and so many rows; of none, those of one."""
-        numbers = np.arange(num_rows + 1)
-        found = np.interp(numbers, self._rows, self._seconds)
-        most = self._rows[-1]
-        found = np.where(numbers > most, self._seconds[-1] / most * numbers, found)
-        return [float(each) for each in found + self._extra]
+        return [self.seconds(number) for number in range(num_rows + 1)]
 
     def learn(self, num_rows: int, seconds: float) -> None:
         """A step took that long. All numbers move, as contexts grow and machines get busy; and the
         nearest once more: between two drafts a step takes longer than the measurement's."""
         error = seconds - self.seconds(num_rows)
-        self._own[np.abs(self._rows - num_rows).argmin()] += _OWN_STEP * error
+        nearest = min(range(len(self._rows)), key=lambda at: abs(self._rows[at] - num_rows))
+        self._own[nearest] += _OWN_STEP * error
         self._update()
         self._extra += _STEP * error
-        self._extra = max(self._extra, -0.9 * float(self._seconds[0]))
+        self._extra = max(self._extra, -0.9 * self._seconds[0])
 
     def _update(self) -> None:
-        self._seconds = np.minimum.accumulate((self._measured + self._own)[::-1])[::-1]
+        self._seconds = list(accumulate(reversed(self._own), min))[::-1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,14 +59,14 @@ class SpeculatorPair:
             each.verified(name, drafts if each is drafter else (), token_ids, hidden)
 
     def drafts(self, left: Mapping[str, int], prompt_rows: int) -> list[Drafted]:
-        promised = self.then.promises(left, prompt_rows)
-        least = {name: _AS_GOOD * rate for name, rate in promised.items()}
+        planned = self.then.planned(left, prompt_rows)
+        least = {name: _AS_GOOD * self.then.chance(name) for name in planned}
         found = self.first.drafts(left, prompt_rows, least)
         self._drafted_by = {each.name: self.first for each in found}
-        rest = {name: number for name, number in left.items() if name not in self._drafted_by}
-        if promised.keys() & rest.keys():
+        if found and planned:
+            rest = {name: number for name, number in left.items() if name not in self._drafted_by}
             rows = prompt_rows + sum(len(each.tokens) for each in found)
-            more = self.then.drafts(rest, rows, others=len(found))
-            self._drafted_by |= {each.name: self.then for each in more}
-            found += more
-        return found
+            planned = self.then.planned(rest, rows, others=len(found))
+        more = self.then.made(planned)
+        self._drafted_by |= {each.name: self.then for each in more}
+        return found + more

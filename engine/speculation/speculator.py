@@ -101,46 +101,47 @@ class Speculator:
     def all_stats(self) -> tuple[SpeculationStats, ...]:
         return (self.stats,)
 
-    def promises(self, left: Mapping[str, int], prompt_rows: int) -> dict[str, float]:
-        """Of the sequences that ``drafts`` would draft for, how likely each draft is to be right;
-        none of a proposer that does not say so beforehand."""
-        most = self._most(left)
-        if self._usual is None or not most:
-            return {}
-        expected = dict.fromkeys(most, self._usual)
-        lengths = self._lengths(most, expected, left, (len(left), len(left) + prompt_rows))
-        return {name: self._acceptance[name].rate(self._usual) for name in lengths}
-
     def drafts(
         self,
         left: Mapping[str, int],
         prompt_rows: int,
         least: Mapping[str, float] | None = None,
-        others: int = 0,
     ) -> list[Drafted]:
         """For the next step, in which each of these sequences has a row and may still bring so many
         tokens, and which may have so many rows of prompts; none of a sequence whose drafts promise
-        less than its ``least``. ``others`` bring tokens beside them."""
+        less than its ``least``, of a proposer that makes them first."""
+        if self._usual is not None:
+            return self.made(self.planned(left, prompt_rows))
         began = time.perf_counter()
-        most = self._most(left)
-        if not most:
-            return []
-        rows = (len(left) + others, len(left) + others + prompt_rows)
-        if self._usual is None:
-            drafts = self._worth(least or {}, self._proposed(most))
-            lengths = self._lengths(
-                {name: len(each.tokens) for name, each in drafts.items()},
-                {name: each.confidence for name, each in drafts.items()},
-                left,
-                rows,
-            )
-        else:
-            expected = dict.fromkeys(most, self._usual)
-            lengths = self._lengths(most, expected, left, rows)
-            drafts = self._proposed(lengths)
+        drafts = self._worth(least or {}, self._proposed(self._most(left)))
+        lengths = self._lengths(
+            {name: len(each.tokens) for name, each in drafts.items()},
+            {name: each.confidence for name, each in drafts.items()},
+            left,
+            (len(left), len(left) + prompt_rows),
+        )
         self.stats.draft_time += time.perf_counter() - began
-        found = {name: draft.tokens[: lengths.get(name, 0)] for name, draft in drafts.items()}
-        return [Drafted(name, tokens) for name, tokens in found.items() if tokens]
+        return _drafted(drafts, lengths)
+
+    def planned(self, left: Mapping[str, int], prompt_rows: int, others: int = 0) -> dict[str, int]:
+        """How many drafts of each sequence are worth making, of a proposer that promises something
+        beforehand. ``others`` are sequences that bring tokens beside these."""
+        assert self._usual is not None
+        most = self._most(left)
+        rows = (len(left) + others, len(left) + others + prompt_rows)
+        return self._lengths(most, dict.fromkeys(most, self._usual), left, rows)
+
+    def chance(self, name: str) -> float:
+        """Of a draft to be right, as the proposer promises it beforehand."""
+        assert self._usual is not None
+        return self._acceptance[name].rate(self._usual)
+
+    def made(self, lengths: Mapping[str, int]) -> list[Drafted]:
+        """Drafts as planned."""
+        began = time.perf_counter()
+        drafts = self._proposed(lengths)
+        self.stats.draft_time += time.perf_counter() - began
+        return _drafted(drafts, lengths)
 
     def _most(self, left: Mapping[str, int]) -> dict[str, int]:
         return {
@@ -164,6 +165,8 @@ class Speculator:
         rows: tuple[int, int],
     ) -> dict[str, int]:
         """Those of the drafts that are worth it. ``rows`` are those that bring tokens, and all."""
+        if not most:
+            return {}
         rates = [self._acceptance[name].rate(confidence[name]) for name in most]
         draft_s = self.proposer.draft_s
         found = best_lengths(rates, list(most.values()), *rows, self.times, draft_s)
@@ -215,6 +218,11 @@ class Speculator:
         if self._acceptance.pop(name, None) is not None:
             with suppress(Exception):
                 self.proposer.forget(name)
+
+
+def _drafted(drafts: Mapping[str, Draft], lengths: Mapping[str, int]) -> list[Drafted]:
+    found = {name: draft.tokens[: lengths.get(name, 0)] for name, draft in drafts.items()}
+    return [Drafted(name, tokens) for name, tokens in found.items() if tokens]
 
 
 def _num_equal(drafts: Sequence[int], token_ids: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ namespace {
 
 constexpr std::array<int64_t, 3> kCandidates{0, 2048, 8192};
 constexpr int kTries = 3;
-constexpr int64_t kMostRows = 8;
+constexpr int64_t kMostRows = 8, kMostBytesPerInput = 4;
 // Less is read from caches, whatever is fetched; more takes longer and tells no more.
 constexpr int64_t kLeastBytes = int64_t(64) << 20, kMostBytes = int64_t(160) << 20;
 // What must be gained for what the hardware does not do by itself.
@@ -39,7 +39,7 @@ public:
         }
         out_ = std::vector<float>(size_t(kMostRows * outputs));
         values_ = std::vector<uint8_t>(
-            size_t(kMostRows * inputs * kMostBytesPerInteger + kReadBeyondInputs));
+            size_t(kMostRows * inputs * kMostBytesPerInput + kReadBeyondInputs));
         scales_ = std::vector<float>(size_t(kMostRows * groups));
         sums_ = std::vector<int32_t>(size_t(kMostRows * groups));
     }
@@ -85,7 +85,7 @@ void measure_fetch_ahead(const std::vector<Matrix>& weights) {
     std::vector<Matrix> taken;
     int64_t bytes = 0;
     for (const Matrix& w : weights) {
-        if (w.format < WeightFormat::int8 || bytes >= kMostBytes) continue;
+        if (bytes >= kMostBytes) break;
         taken.push_back(w);
         bytes += bytes_of(w);
     }

@@ -55,15 +55,25 @@ QUIRE_INLINE void clear(F16 (&sum)[Rows][Columns]) {
         for (int c = 0; c < Columns; ++c) sum[r][c] = broadcast(0.0f);
 }
 
+// Both columns' floats `ahead` bytes further on, if that is not 0.
+QUIRE_INLINE void fetch_floats(const void* weights, int64_t ahead) {
+    if (!ahead) return;
+    auto at = static_cast<const uint8_t*>(weights) + ahead;
+    __builtin_prefetch(at);
+    __builtin_prefetch(at + 64);
+}
+
 template <int Rows>
 void multiply_f32(const Matrix& w, const uint8_t* tile, const InputTile& x, float* out,
                   int64_t stride) {
     each_columns([&](int column) __attribute__((always_inline)) {
         auto inputs = reinterpret_cast<const float*>(x.values);
         auto weights = reinterpret_cast<const float*>(tile) + 16 * column;
+        const int64_t ahead = column == 0 ? x.ahead : 0;
         F16 sum[Rows][kColumns];
         clear(sum);
         for (int64_t k = 0; k < w.inputs; ++k, inputs += Rows, weights += 32) {
+            fetch_floats(weights, ahead);
             F16 wide[kColumns];
             for (int c = 0; c < kColumns; ++c) wide[c] = load(weights + 16 * c);
             for (int r = 0; r < Rows; ++r) {
@@ -81,9 +91,11 @@ void multiply_bf16(const Matrix& w, const uint8_t* tile, const InputTile& x, flo
     each_columns([&](int column) __attribute__((always_inline)) {
         auto inputs = reinterpret_cast<const bf16*>(x.values);
         auto weights = reinterpret_cast<const bf16*>(tile) + 32 * column;
+        const int64_t ahead = column == 0 ? x.ahead : 0;
         F16 sum[Rows][kColumns];
         clear(sum);
         for (int64_t k = 0; k < w.inputs; k += 2, inputs += 2 * Rows, weights += 64) {
+            fetch_floats(weights, ahead);
             Pairs pairs[kColumns];
             for (int c = 0; c < kColumns; ++c) pairs[c] = load_pairs(weights + 32 * c);
             for (int r = 0; r < Rows; ++r) {
