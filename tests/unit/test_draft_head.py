@@ -19,7 +19,9 @@ from engine.model.load import LoadedModel, load_model
 from engine.progress import Silence
 from engine.speculation.draft_head import DraftHead, HeadWeights, SequencePages, read_head
 from engine.speculation.head_training import (
+    CIRCLE,
     DEPTH,
+    OPENINGS,
     PAGE_SIZE,
     Batch,
     HeadNet,
@@ -33,6 +35,7 @@ from engine.speculation.head_training import (
     save_head,
     scale_of,
     train,
+    up_to_circle,
     user_turn,
 )
 from engine.speculation.loading import load_drafter, packaged_head
@@ -282,6 +285,20 @@ def test_a_users_message_stands_between_what_the_template_puts_around_it(
     end, user = 0, 1
     assert before == (user, *tiny.tokenizer.encode("user: ", parse_special=False))
     assert after == (end, user)
+
+
+def test_an_answer_ends_where_it_begins_to_go_in_circles() -> None:
+    said = list(range(100, 100 + CIRCLE))
+    assert up_to_circle([1, 2, *said, 3, *said, 4, 5]) == (1, 2, *said, 3, *said)
+    assert up_to_circle([7] * 50) == (7,) * (CIRCLE + 1)
+    assert up_to_circle([*said, 3, *said[:-1], 4]) == (*said, 3, *said[:-1], 4)
+    assert up_to_circle([]) == ()
+
+
+def test_users_begin_their_messages_in_many_ways() -> None:
+    openings = OPENINGS.read_text().splitlines()
+    assert len(openings) == len(set(openings)) > 100
+    assert all(line == line.strip() and line for line in openings)
 
 
 def text_of(net: HeadNet, tokens: torch.Tensor, best: torch.Tensor) -> Text:
