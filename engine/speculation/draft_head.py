@@ -177,6 +177,7 @@ class DraftHead:
 
     name = "head"
     expects = EXPECTED
+    remembers = False
 
     def __init__(
         self,

@@ -58,6 +58,7 @@ class DraftModel:
 
     name = "model"
     expects = EXPECTED
+    remembers = False
     hidden_width = 0
 
     def __init__(

@@ -44,10 +44,10 @@ class Acceptance:
         self.right = self.right * _KEEP + num_right
         self.tried = self.tried * _KEEP + num_right + (num_right < num_drafts)
 
-    def idle(self) -> None:
-        """A step without drafts."""
-        self.right *= _KEEP_IDLE
-        self.tried *= _KEEP_IDLE
+    def idle(self, num_steps: int = 1) -> None:
+        """Steps without drafts."""
+        self.right *= _KEEP_IDLE**num_steps
+        self.tried *= _KEEP_IDLE**num_steps
 
 
 class StepTimes:

@@ -59,7 +59,9 @@ class SpeculatorPair:
             each.verified(name, drafts if each is drafter else (), token_ids, hidden)
 
     def drafts(self, left: Mapping[str, int], prompt_rows: int) -> list[Drafted]:
-        planned = self.then.planned(left, prompt_rows)
+        planned = {}
+        if left and self.then.wakes(len(left)):
+            planned = self.then.planned(left, prompt_rows)
         least = {name: _AS_GOOD * self.then.chance(name) for name in planned}
         found = self.first.drafts(left, prompt_rows, least)
         self._drafted_by = {each.name: self.first for each in found}
@@ -67,6 +69,8 @@ class SpeculatorPair:
             rest = {name: number for name, number in left.items() if name not in self._drafted_by}
             rows = prompt_rows + sum(len(each.tokens) for each in found)
             planned = self.then.planned(rest, rows, others=len(found))
-        more = self.then.made(planned)
+        if not planned:
+            return found
+        more = self.then.made(planned, len(left) + sum(len(each.tokens) for each in found))
         self._drafted_by |= {each.name: self.then for each in more}
         return found + more

@@ -25,6 +25,7 @@ _PROMISE_WEIGHT = 4.0
 _KEEP = 0.99
 _LONGEST = 8  # longer ones count as such
 _READ_OF_PROMPT = 16
+_COUNTED = 4  # of tokens that come at once, so many show what matches promise
 
 
 class PromptLookup:
@@ -35,6 +36,7 @@ class PromptLookup:
 
     def __init__(self, past: PastOutputs | None = None) -> None:
         self.name = "lookup" if past is None else "history"
+        self.remembers = past is not None
         self._past = past
         self._texts: dict[str, _Text] = {}
         self._own_rates, self._past_rates = _Rates(), _Rates()
@@ -49,9 +51,10 @@ class PromptLookup:
 
     def extend(self, name: str, tokens: Sequence[int], hidden: Floats | None = None) -> None:
         text = self._texts[name]
-        for token in tokens:
-            for source, match, rates in self._matches(text):
-                rates.count(match.length, source.tokens[match.after] == token)
+        for number, token in enumerate(tokens):
+            if number < _COUNTED:
+                for source, match, rates in self._matches(text):
+                    rates.count(match.length, source.tokens[match.after] == token)
             text.own.append(token)
             text.read(token)
 

@@ -43,6 +43,11 @@ class Proposer(Protocol):
         ...
 
     @property
+    def remembers(self) -> bool:
+        """Whether it must hear of a sequence's last tokens before it is over."""
+        ...
+
+    @property
     def hidden_width(self) -> int:
         """The width of the target's hidden rows if it wants them, else 0."""
         ...
@@ -52,8 +57,8 @@ class Proposer(Protocol):
         ...
 
     def extend(self, name: str, tokens: Sequence[int], hidden: Floats | None = None) -> None:
-        """Tokens were chosen. ``hidden [H]`` is what the target's last layer made of the token
-        before the last, for those who want it."""
+        """Tokens were chosen, in one step or in several. ``hidden [H]`` is what the target's last
+        layer made of the token before the last, for those who want it."""
         ...
 
     def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:

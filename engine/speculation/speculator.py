@@ -11,6 +11,7 @@ from itertools import takewhile
 from math import inf
 
 from engine.plan import Drafted
+from engine.speculation.balance import Balance
 from engine.speculation.lengths import Acceptance, StepTimes, best_lengths
 from engine.speculation.proposer import Draft, Floats, Proposer
 
@@ -46,6 +47,11 @@ class Speculator:
         self._vocab_size = vocab_size
         self._acceptance: dict[str, Acceptance] = {}
         self._usual = proposer.expects
+        self._balance = Balance()
+        self._rests = False
+        self._token_s = 0.0
+        # Of the sequences that went on while it rested: their tokens, the last hidden row.
+        self._missed: dict[str, tuple[list[int], Floats | None]] = {}
 
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
         """A new sequence, with all tokens that it has already."""
@@ -54,6 +60,9 @@ class Speculator:
 
     def forget(self, name: str) -> None:
         """The sequence is over. Unknown names are fine."""
+        if self.proposer.remembers:
+            self._catch_up(name)
+        self._missed.pop(name, None)
         if self._acceptance.pop(name, None) is not None:
             self._guarded(name, lambda: self.proposer.forget(name))
 
@@ -71,6 +80,12 @@ class Speculator:
     ) -> None:
         """A step took ``token_ids`` into the sequence, after these drafts. ``hidden [H]`` is what
         the target's last layer made of the row that gave the last of them."""
+        if self._rests and not drafts:
+            missed, _ = self._missed.get(name, ([], None))
+            self._missed[name] = [*missed, *token_ids], hidden
+            self._learn_usual(0, 0)
+            return
+        began = time.perf_counter()
         num_right = _num_equal(drafts, token_ids)
         self._learn_usual(len(drafts), num_right)
         self.stats.proposed += len(drafts)
@@ -84,6 +99,26 @@ class Speculator:
         else:
             acceptance.idle()
         self._guarded(name, lambda: self.proposer.extend(name, token_ids, hidden))
+        self._balance.add(num_right * self._token_s - (time.perf_counter() - began))
+
+    def wakes(self, num_sequences: int) -> bool:
+        """Whether it drafts for the next step, of so many sequences; to be asked once a step. What
+        has lately cost more than it gained rests for a while."""
+        step_s = self.times.seconds(num_sequences)
+        self._token_s = step_s / num_sequences
+        self._rests = self._balance.rests(step_s)
+        if not self._rests and self._missed:
+            began = time.perf_counter()
+            for name in [*self._missed]:
+                self._catch_up(name)
+            self._balance.add(began - time.perf_counter())
+        return not self._rests
+
+    def _catch_up(self, name: str) -> None:
+        tokens, hidden = self._missed.pop(name, ([], None))
+        if tokens and name in self._acceptance:
+            self._acceptance[name].idle(len(tokens))
+            self._guarded(name, lambda: self.proposer.extend(name, tokens, hidden))
 
     def _learn_usual(self, num_drafts: int, num_right: int) -> None:
         """What a proposer that says it beforehand promises is soon held against what came of all
@@ -110,8 +145,10 @@ class Speculator:
         """For the next step, in which each of these sequences has a row and may still bring so many
         tokens, and which may have so many rows of prompts; none of a sequence whose drafts promise
         less than its ``least``, of a proposer that makes them first."""
+        if not left or not self.wakes(len(left)):
+            return []
         if self._usual is not None:
-            return self.made(self.planned(left, prompt_rows))
+            return self.made(self.planned(left, prompt_rows), len(left))
         began = time.perf_counter()
         drafts = self._worth(least or {}, self._proposed(self._most(left)))
         lengths = self._lengths(
@@ -120,28 +157,44 @@ class Speculator:
             left,
             (len(left), len(left) + prompt_rows),
         )
-        self.stats.draft_time += time.perf_counter() - began
-        return _drafted(drafts, lengths)
+        return self._drafted(drafts, lengths, len(left), began)
 
     def planned(self, left: Mapping[str, int], prompt_rows: int, others: int = 0) -> dict[str, int]:
         """How many drafts of each sequence are worth making, of a proposer that promises something
         beforehand. ``others`` are sequences that bring tokens beside these."""
         assert self._usual is not None
+        began = time.perf_counter()
         most = self._most(left)
         rows = (len(left) + others, len(left) + others + prompt_rows)
-        return self._lengths(most, dict.fromkeys(most, self._usual), left, rows)
+        lengths = self._lengths(most, dict.fromkeys(most, self._usual), left, rows)
+        self._balance.add(began - time.perf_counter())
+        return lengths
 
     def chance(self, name: str) -> float:
         """Of a draft to be right, as the proposer promises it beforehand."""
         assert self._usual is not None
         return self._acceptance[name].rate(self._usual)
 
-    def made(self, lengths: Mapping[str, int]) -> list[Drafted]:
-        """Drafts as planned."""
+    def made(self, lengths: Mapping[str, int], num_rows: int) -> list[Drafted]:
+        """Drafts as planned, for a step that has so many rows without them."""
         began = time.perf_counter()
-        drafts = self._proposed(lengths)
-        self.stats.draft_time += time.perf_counter() - began
-        return _drafted(drafts, lengths)
+        return self._drafted(self._proposed(lengths), lengths, num_rows, began)
+
+    def _drafted(
+        self,
+        drafts: Mapping[str, Draft],
+        lengths: Mapping[str, int],
+        num_rows: int,
+        began: float,
+    ) -> list[Drafted]:
+        """Books what it took to make them, and what their rows will take."""
+        found = {name: draft.tokens[: lengths.get(name, 0)] for name, draft in drafts.items()}
+        more = sum(map(len, found.values()))
+        took = time.perf_counter() - began
+        self.stats.draft_time += took
+        rows_s = self.times.seconds(num_rows + more) - self.times.seconds(num_rows)
+        self._balance.add(-took - rows_s)
+        return [Drafted(name, tokens) for name, tokens in found.items() if tokens]
 
     def _most(self, left: Mapping[str, int]) -> dict[str, int]:
         return {
@@ -215,14 +268,10 @@ class Speculator:
         """The sequence goes on without drafts."""
         log.exception("proposer=%s failed for sequence=%s", self.proposer.name, name)
         self.stats.failures += 1
+        self._missed.pop(name, None)
         if self._acceptance.pop(name, None) is not None:
             with suppress(Exception):
                 self.proposer.forget(name)
-
-
-def _drafted(drafts: Mapping[str, Draft], lengths: Mapping[str, int]) -> list[Drafted]:
-    found = {name: draft.tokens[: lengths.get(name, 0)] for name, draft in drafts.items()}
-    return [Drafted(name, tokens) for name, tokens in found.items() if tokens]
 
 
 def _num_equal(drafts: Sequence[int], token_ids: Sequence[int]) -> int:

@@ -53,6 +53,7 @@ class Knowing:
     name = "knowing"
     expects = None
     hidden_width = 0
+    remembers = False
 
     def __init__(self, spoil: Spoil, sequences: Iterable[Sequence[int]]) -> None:
         self._spoil = spoil

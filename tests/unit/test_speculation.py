@@ -132,7 +132,8 @@ def test_what_matches_promise_is_what_came_true_lately() -> None:
         lookup.extend("a", [100 + other, 1, 2])
     disappointed = lookup.propose({"a": 1})["a"].confidence
     assert disappointed < before / 2
-    lookup.extend("a", [9, 1, 2] * 50)
+    for _ in range(50):
+        lookup.extend("a", [9, 1, 2])
     assert lookup.propose({"a": 1})["a"].confidence > 0.8
 
 
@@ -281,6 +282,7 @@ class Fixed:
     seconds_per_draft = 0.0
     expects: float | None = None
     hidden_width = 0
+    remembers = False
     starts_after_s = 0.0
 
     def __init__(self, *tokens: int) -> None:
@@ -580,4 +582,42 @@ def test_a_promise_that_is_not_kept_is_not_believed_of_the_next_sequence() -> No
     assert made.drafts({"second": 100}, 0) == []
     for _ in range(5000):  # of steps without drafts
         made.verified("first", [], [2])
-    assert made.drafts({"second": 100}, 0) == [Drafted("second", (1,))]
+    looks = [made.drafts({"second": 100}, 0) for _ in range(20)]
+    assert [Drafted("second", (1,))] in looks
+
+
+def test_what_costs_more_than_it_gains_rests_and_looks_again_now_and_then() -> None:
+    proposer = Fixed(1)
+    made = Speculator(proposer, vocab_size=10, times=StepTimes({1: 1.0, 2: 1.5, 64: 64.0}))
+    made.begin("a", [1, 2], "")
+    looks = []
+    for step in range(100):
+        drafted = bool(made.drafts({"a": 1000}, 0))
+        looks += [step] * drafted
+        made.verified("a", [1] * drafted, [5])
+    assert 3 <= len(looks) <= 9
+    assert proposer.known["a"][:2] == [1, 2]
+    assert set(proposer.known["a"][2:]) == {5}
+    made.drafts({"a": 1000}, 0)
+
+
+def test_what_was_missed_at_rest_is_caught_up_with_at_the_next_look() -> None:
+    proposer = Fixed(1)
+    made = Speculator(proposer, vocab_size=10, times=StepTimes({1: 1.0, 2: 1.5, 64: 64.0}))
+    made.begin("a", [1, 2], "")
+    made._balance.add(-1.0)
+    written = []
+    for step in range(15):
+        assert made.drafts({"a": 1000}, 0) == []
+        made.verified("a", [], [step])
+        written.append(step)
+    assert proposer.known["a"] == [1, 2]
+    made.drafts({"a": 1000}, 0)
+    assert proposer.known["a"] == [1, 2, *written]
+
+
+def test_what_gains_stays_awake() -> None:
+    made = speculator(1)
+    for _ in range(50):
+        assert made.drafts({"a": 1000}, 0) == [Drafted("a", (1,))]
+        made.verified("a", [1], [1, 3])

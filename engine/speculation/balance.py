@@ -1,0 +1,36 @@
+"""Whether a proposer gains more than it costs, all told."""
+
+from __future__ import annotations
+
+# By how much a step moves what is known.
+_STEP = 0.2
+# What may be lost of a step's time to see at once when drafts begin to pay.
+_LITTLE = 0.02
+# Steps without a look at a proposer that loses more.
+_REST = 15
+
+
+class Balance:
+    """Seconds that a proposer's drafts saved and took lately, a step: bookkeeping of each sequence
+    included, which in a large batch is more than a few drafts gain. What loses rests, looks again
+    after a while, and stays awake as long as it gains."""
+
+    def __init__(self) -> None:
+        self._net_s = 0.0
+        self._step_s = 0.0
+        self._resting = 0
+
+    def add(self, seconds: float) -> None:
+        """Saved by drafts of this step, or less than 0: taken."""
+        self._step_s += seconds
+
+    def rests(self, step_s: float) -> bool:
+        """Whether to do without drafts in the next step, which takes so long; asked once a step."""
+        if self._resting:
+            self._resting -= 1
+            return self._resting > 0  # then it looks, whatever was before
+        self._net_s += _STEP * (self._step_s - self._net_s)
+        self._step_s = 0.0
+        if self._net_s < -_LITTLE * step_s:
+            self._resting = _REST
+        return self._resting > 0
