@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# By how much a step moves what is known.
-_STEP = 0.2
+# By how much a step moves what is known: little, or a few unlucky drafts would look like loss.
+_STEP = 0.03
 # What may be lost of a step's time to see at once when drafts begin to pay.
 _LITTLE = 0.02
 # Steps without a look at a proposer that loses more.

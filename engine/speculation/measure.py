@@ -12,25 +12,34 @@ from kernels.layout import PageLayout
 from kernels.ragged import RaggedBatch
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-TRIES = 3
+TRIES = 6
+TRY_FOR_S = 0.3
 
 
 def measure_steps(model: Model, kv: torch.Tensor, layout: PageLayout) -> dict[int, float]:
     """Seconds of a step by its rows, the best of a few tries: consecutive rows of one sequence, as
-    verification has them. Writes into the first pages of ``kv``, which must belong to nobody."""
+    verification has them. Writes into the first pages of ``kv``, which must belong to nobody.
+
+    Numbers of rows take turns: what holds the machine up for a while holds up all of them.
+    """
     num_pages = int(kv.shape[0])
-    rows = [number for number in ROWS if number <= num_pages * layout.page_size]
-    return {number: _seconds(_rows_of_one(number, layout), model, kv, layout) for number in rows}
-
-
-def _seconds(batch: RaggedBatch, model: Model, kv: torch.Tensor, layout: PageLayout) -> float:
-    model.forward(batch, kv, layout)  # makes room for its numbers
-    times = []
+    batches = {
+        number: _rows_of_one(number, layout)
+        for number in ROWS
+        if number <= num_pages * layout.page_size
+    }
+    for batch in batches.values():
+        model.forward(batch, kv, layout)  # makes room for its numbers, brings weights into memory
+    times: dict[int, list[float]] = {number: [] for number in batches}
+    ends = time.perf_counter() + TRY_FOR_S
     for _ in range(TRIES):
-        began = time.perf_counter()
-        model.forward(batch, kv, layout)
-        times.append(time.perf_counter() - began)
-    return min(times)
+        for number, batch in batches.items():
+            began = time.perf_counter()
+            model.forward(batch, kv, layout)
+            times[number].append(time.perf_counter() - began)
+        if time.perf_counter() >= ends:
+            break
+    return {number: min(each) for number, each in times.items()}
 
 
 def _rows_of_one(number: int, layout: PageLayout) -> RaggedBatch:
