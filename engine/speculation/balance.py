@@ -7,7 +7,7 @@ _STEP = 0.03
 # What may be lost of a step's time to see at once when drafts begin to pay.
 _LITTLE = 0.02
 # Steps without a look at a proposer that loses more.
-_REST = 15
+_REST = 31
 
 
 class Balance:
@@ -28,7 +28,9 @@ class Balance:
         """Whether to do without drafts in the next step, which takes so long; asked once a step."""
         if self._resting:
             self._resting -= 1
-            return self._resting > 0  # then it looks, whatever was before
+            if not self._resting:  # it looks, and has a little time to show what it gains
+                self._net_s, self._step_s = -_LITTLE * step_s / 2, 0.0
+            return self._resting > 0
         self._net_s += _STEP * (self._step_s - self._net_s)
         self._step_s = 0.0
         if self._net_s < -_LITTLE * step_s:

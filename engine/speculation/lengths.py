@@ -18,7 +18,9 @@ from itertools import accumulate
 # What a rate remembers: a verified draft counts a tenth less with every one after it; without
 # drafts it returns to what the proposer promises, so that a sequence is tried again some day.
 _KEEP, _KEEP_IDLE = 0.9, 0.98
-_PRIOR_WEIGHT = 2.0
+# A proposer's word on one draft counts as two drafts tried; what came of all its drafts counts more,
+# for sequences differ by less than luck makes of a few drafts.
+WORD_WEIGHT, USUAL_WEIGHT = 2.0, 12.0
 # Drafts that promise less are not made: what they take beside the step is not all measured.
 _LEAST_GAIN = 0.03
 # A draft that is right less often is not worth looking at.
@@ -34,10 +36,10 @@ class Acceptance:
     right: float = 0.0
     tried: float = 0.0
 
-    def rate(self, confidence: float) -> float:
-        """The chance that a draft is right whose predecessors were; ``confidence`` is the
-        proposer's own estimate, which counts as two drafts tried."""
-        return (self.right + _PRIOR_WEIGHT * confidence) / (self.tried + _PRIOR_WEIGHT)
+    def rate(self, confidence: float, weight: float = WORD_WEIGHT) -> float:
+        """The chance that a draft is right whose predecessors were; ``confidence`` is what was
+        expected, which counts as ``weight`` drafts tried."""
+        return (self.right + weight * confidence) / (self.tried + weight)
 
     def verified(self, num_drafts: int, num_right: int) -> None:
         """Of the drafts after the first wrong one nothing is known."""

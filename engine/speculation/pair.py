@@ -59,18 +59,25 @@ class SpeculatorPair:
             each.verified(name, drafts if each is drafter else (), token_ids, hidden)
 
     def drafts(self, left: Mapping[str, int], prompt_rows: int) -> list[Drafted]:
+        if not left:
+            return []
+        offered = self.first.offered(left) if self.first.wakes(len(left)) else {}
+        good = {
+            name
+            for name, draft in offered.items()
+            if self.first.chance(name, draft) >= _AS_GOOD * self.then.chance(name)
+        }
+        rest = {name: number for name, number in left.items() if name not in good}
         planned = {}
-        if left and self.then.wakes(len(left)):
-            planned = self.then.planned(left, prompt_rows)
-        least = {name: _AS_GOOD * self.then.chance(name) for name in planned}
-        found = self.first.drafts(left, prompt_rows, least)
+        if self.then.wakes(len(left)) and rest:
+            rows = prompt_rows + sum(len(offered[name].tokens) for name in good)
+            planned = self.then.planned(rest, rows, others=len(good))
+        kept = {name: draft for name, draft in offered.items() if name not in planned}
+        found = self.first.chosen(kept, left, prompt_rows) if kept else []
+        more = []
+        if planned:
+            num_rows = len(left) + sum(len(each.tokens) for each in found)
+            more = self.then.made(planned, num_rows)
         self._drafted_by = {each.name: self.first for each in found}
-        if found and planned:
-            rest = {name: number for name, number in left.items() if name not in self._drafted_by}
-            rows = prompt_rows + sum(len(each.tokens) for each in found)
-            planned = self.then.planned(rest, rows, others=len(found))
-        if not planned:
-            return found
-        more = self.then.made(planned, len(left) + sum(len(each.tokens) for each in found))
         self._drafted_by |= {each.name: self.then for each in more}
         return found + more

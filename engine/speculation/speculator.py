@@ -12,7 +12,13 @@ from math import inf
 
 from engine.plan import Drafted
 from engine.speculation.balance import Balance
-from engine.speculation.lengths import Acceptance, StepTimes, best_lengths
+from engine.speculation.lengths import (
+    USUAL_WEIGHT,
+    WORD_WEIGHT,
+    Acceptance,
+    StepTimes,
+    best_lengths,
+)
 from engine.speculation.proposer import Draft, Floats, Proposer
 
 log = logging.getLogger(__name__)
@@ -136,28 +142,34 @@ class Speculator:
     def all_stats(self) -> tuple[SpeculationStats, ...]:
         return (self.stats,)
 
-    def drafts(
-        self,
-        left: Mapping[str, int],
-        prompt_rows: int,
-        least: Mapping[str, float] | None = None,
-    ) -> list[Drafted]:
+    def drafts(self, left: Mapping[str, int], prompt_rows: int) -> list[Drafted]:
         """For the next step, in which each of these sequences has a row and may still bring so many
-        tokens, and which may have so many rows of prompts; none of a sequence whose drafts promise
-        less than its ``least``, of a proposer that makes them first."""
+        tokens, and which may have so many rows of prompts."""
         if not left or not self.wakes(len(left)):
             return []
         if self._usual is not None:
             return self.made(self.planned(left, prompt_rows), len(left))
+        return self.chosen(self.offered(left), left, prompt_rows)
+
+    def offered(self, left: Mapping[str, int]) -> dict[str, Draft]:
+        """All that a proposer has that makes drafts for nothing."""
         began = time.perf_counter()
-        drafts = self._worth(least or {}, self._proposed(self._most(left)))
+        drafts = self._proposed(self._most(left))
+        self._spent(began)
+        return {name: draft for name, draft in drafts.items() if draft.tokens}
+
+    def chosen(
+        self, offered: Mapping[str, Draft], left: Mapping[str, int], prompt_rows: int
+    ) -> list[Drafted]:
+        """What is worth its rows of it, in a step of as many sequences as are ``left``."""
+        began = time.perf_counter()
         lengths = self._lengths(
-            {name: len(each.tokens) for name, each in drafts.items()},
-            {name: each.confidence for name, each in drafts.items()},
+            {name: len(each.tokens) for name, each in offered.items()},
+            {name: each.confidence for name, each in offered.items()},
             left,
             (len(left), len(left) + prompt_rows),
         )
-        return self._drafted(drafts, lengths, len(left), began)
+        return self._drafted(offered, lengths, len(left), began)
 
     def planned(self, left: Mapping[str, int], prompt_rows: int, others: int = 0) -> dict[str, int]:
         """How many drafts of each sequence are worth making, of a proposer that promises something
@@ -167,13 +179,17 @@ class Speculator:
         most = self._most(left)
         rows = (len(left) + others, len(left) + others + prompt_rows)
         lengths = self._lengths(most, dict.fromkeys(most, self._usual), left, rows)
-        self._balance.add(began - time.perf_counter())
+        self._spent(began)
         return lengths
 
-    def chance(self, name: str) -> float:
-        """Of a draft to be right, as the proposer promises it beforehand."""
-        assert self._usual is not None
-        return self._acceptance[name].rate(self._usual)
+    def chance(self, name: str, draft: Draft | None = None) -> float:
+        """Of a draft to be right, or of any that the proposer would make; 0 of sequences that it
+        has been given up for."""
+        if name not in self._acceptance:
+            return 0.0
+        if draft is not None:
+            return self._rate(name, draft.confidence)
+        return 0.0 if self._usual is None else self._rate(name, self._usual)
 
     def made(self, lengths: Mapping[str, int], num_rows: int) -> list[Drafted]:
         """Drafts as planned, for a step that has so many rows without them."""
@@ -190,11 +206,14 @@ class Speculator:
         """Books what it took to make them, and what their rows will take."""
         found = {name: draft.tokens[: lengths.get(name, 0)] for name, draft in drafts.items()}
         more = sum(map(len, found.values()))
+        self._spent(began)
+        self._balance.add(self.times.seconds(num_rows) - self.times.seconds(num_rows + more))
+        return [Drafted(name, tokens) for name, tokens in found.items() if tokens]
+
+    def _spent(self, began: float) -> None:
         took = time.perf_counter() - began
         self.stats.draft_time += took
-        rows_s = self.times.seconds(num_rows + more) - self.times.seconds(num_rows)
-        self._balance.add(-took - rows_s)
-        return [Drafted(name, tokens) for name, tokens in found.items() if tokens]
+        self._balance.add(-took)
 
     def _most(self, left: Mapping[str, int]) -> dict[str, int]:
         return {
@@ -203,12 +222,9 @@ class Speculator:
             if number > 1 and name in self._acceptance
         }
 
-    def _worth(self, least: Mapping[str, float], drafts: dict[str, Draft]) -> dict[str, Draft]:
-        return {
-            name: draft
-            for name, draft in drafts.items()
-            if name not in least or self._acceptance[name].rate(draft.confidence) >= least[name]
-        }
+    def _rate(self, name: str, expected: float) -> float:
+        weight = WORD_WEIGHT if self._usual is None else USUAL_WEIGHT
+        return self._acceptance[name].rate(expected, weight)
 
     def _lengths(
         self,
@@ -220,7 +236,7 @@ class Speculator:
         """Those of the drafts that are worth it. ``rows`` are those that bring tokens, and all."""
         if not most:
             return {}
-        rates = [self._acceptance[name].rate(confidence[name]) for name in most]
+        rates = [self._rate(name, confidence[name]) for name in most]
         draft_s = self.proposer.draft_s
         found = best_lengths(rates, list(most.values()), *rows, self.times, draft_s)
         lengths = {name: length for name, length in zip(most, found.each, strict=True) if length}
