@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, machine: Machine, report: Report) -> list[Row]:
     return [
-        asyncio.run(bench_decode(loaded, load, machine.peaks, report))
+        asyncio.run(bench_decode(loaded, load, machine, report))
         for loaded in open_models(options)
         for load in loads(options)
     ]
@@ -52,15 +52,16 @@ def run(options: argparse.Namespace, machine: Machine, report: Report) -> list[R
 
 @dataclass(frozen=True, slots=True)
 class Steady:
-    """Steps of the whole batch: seconds each, keys each sequence attended to on average, and the
-    share of the time outside the forward pass."""
+    """Steps of the whole batch: seconds each, keys each sequence attended to on average, the share
+    of the time outside the forward pass, and what was read just before or after, the more of it."""
 
     step_s: float
     context: float
     outside: float
+    read_gbps: float
 
 
-async def bench_decode(loaded: LoadedModel, load: Load, peaks: Peaks, report: Report) -> Row:
+async def bench_decode(loaded: LoadedModel, load: Load, machine: Machine, report: Report) -> Row:
     """One row: the median over the repeats.
 
     Prompts are the same in every repeat: all but their last tokens come from the prefix cache then,
@@ -74,13 +75,18 @@ async def bench_decode(loaded: LoadedModel, load: Load, peaks: Peaks, report: Re
         report(f"decode batch {load.batch} context {load.prompt}: prefilling")
         warm_up = replace(load, tokens=min(WARM_UP_TOKENS, load.tokens))
         await engine.generate(prompts, warm_up.params)
+        before = machine.read_gbps_now()
         for repeat in range(1, load.repeat + 1):
             model.calls.clear()
             await engine.generate(prompts, load.params)
-            samples.append(steady(longest_decode(model.calls, load.batch), load.batch))
+            after = machine.read_gbps_now()
+            steps = longest_decode(model.calls, load.batch)
+            samples.append(steady(steps, load.batch, read_gbps=max(before, after)))
+            before = after
             report(f"decode batch {load.batch} context {load.prompt}: {repeat}/{load.repeat}")
     settings = load.row(loaded.name, spec.weight_mode, spec.kv_dtype)
-    return settings | figures(samples, load.batch, workload_of(loaded.model, PAGE_SIZE), peaks)
+    workload = workload_of(loaded.model, PAGE_SIZE)
+    return settings | figures(samples, load.batch, workload, machine.peaks)
 
 
 def engine_for(loaded: LoadedModel, load: Load) -> AsyncLocalEngine:
@@ -94,7 +100,7 @@ def engine_for(loaded: LoadedModel, load: Load) -> AsyncLocalEngine:
     )
 
 
-def steady(steps: Sequence[Call], batch: int) -> Steady:
+def steady(steps: Sequence[Call], batch: int, read_gbps: float) -> Steady:
     """Of consecutive steps of the whole batch. Raises InvalidRequest if they are too few."""
     if len(steps) < 2:
         raise InvalidRequest("--tokens", "no two steps decoded the whole batch", "more tokens")
@@ -104,17 +110,23 @@ def steady(steps: Sequence[Call], batch: int) -> Steady:
         step_s=wall_s / (len(steps) - 1),
         context=fmean(step.num_keys for step in steps[:-1]) / batch,
         outside=1 - inside_s / wall_s,
+        read_gbps=read_gbps,
     )
 
 
 def figures(samples: Sequence[Steady], batch: int, workload: Workload, peaks: Peaks) -> Row:
-    """The measured part of a row."""
+    """The measured part of a row: medians, the ratios' too, each of what the machine read then."""
     step_s = median(sample.step_s for sample in samples)
     phases = workload.decode_step(batch, fmean(sample.context for sample in samples))
+    ratios = [
+        limit_ratios(phases, replace(peaks, read_gbps=sample.read_gbps), sample.step_s)
+        for sample in samples
+    ]
     return {
         "tokens_per_s": batch / step_s,
         "step_s": step_s,
         "bytes_per_step": bytes_of(phases),
-        **limit_ratios(phases, peaks, step_s),
+        "read_gbps": median(sample.read_gbps for sample in samples),
+        **{name: median(each[name] for each in ratios) for name in ratios[0]},
         "outside_step": median(sample.outside for sample in samples),
     }

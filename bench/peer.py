@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, machine: Machine, report: Report) -> list[R
             for loaded in open_models(options):
                 spec = loaded.model.spec
                 for case in cases_of(options):
-                    row = asyncio.run(BENCHES[case.kind](loaded, case.load, machine.peaks, report))
+                    row = asyncio.run(BENCHES[case.kind](loaded, case.load, machine, report))
                     ours[f"{spec.weight_mode}/{spec.kv_dtype}", case].append(row["tokens_per_s"])
     return [row_of(mode, case, speeds, theirs) for (mode, case), speeds in ours.items()]
 

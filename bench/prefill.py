@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, machine: Machine, report: Report) -> list[Row]:
     return [
-        asyncio.run(bench_prefill(loaded, load, machine.peaks, report, chunk))
+        asyncio.run(bench_prefill(loaded, load, machine, report, chunk))
         for loaded in open_models(options)
         for load in loads(options)
         for chunk in options.chunk
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace, machine: Machine, report: Report) -> list[R
 
 
 async def bench_prefill(
-    loaded: LoadedModel, load: Load, peaks: Peaks, report: Report, chunk: int = CHUNK
+    loaded: LoadedModel, load: Load, machine: Machine, report: Report, chunk: int = CHUNK
 ) -> Row:
     """One row: the median over the repeats. ``load.tokens`` is 1."""
     spec = loaded.model.spec
@@ -71,7 +71,8 @@ async def bench_prefill(
                 samples.append(time.perf_counter() - began)
                 report(f"prefill batch {load.batch} of {load.prompt}: {repeat}/{load.repeat}")
     settings = load.row(loaded.name, spec.weight_mode, spec.kv_dtype) | {"chunk": chunk}
-    return settings | figures(samples, load, workload_of(loaded.model, PAGE_SIZE), peaks)
+    workload = workload_of(loaded.model, PAGE_SIZE)
+    return settings | figures(samples, load, workload, machine.peaks)
 
 
 def figures(samples_s: Sequence[float], load: Load, workload: Workload, peaks: Peaks) -> Row:

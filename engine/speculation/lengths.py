@@ -18,8 +18,8 @@ from itertools import accumulate
 # What a rate remembers: a verified draft counts a tenth less with every one after it; without
 # drafts it returns to what the proposer promises, so that a sequence is tried again some day.
 _KEEP, _KEEP_IDLE = 0.9, 0.98
-# A proposer's word on one draft counts as two drafts tried; what came of all its drafts counts more,
-# for sequences differ by less than luck makes of a few drafts.
+# A proposer's word on one draft counts as two drafts tried; what came of all its drafts is more:
+# sequences differ by less than luck makes of a few drafts.
 WORD_WEIGHT, USUAL_WEIGHT = 2.0, 12.0
 # Drafts that promise less are not made: what they take beside the step is not all measured.
 _LEAST_GAIN = 0.03

@@ -12,7 +12,7 @@ namespace quire {
 
 namespace {
 
-constexpr std::array<int64_t, 3> kCandidates{0, 2048, 8192};
+constexpr std::array<int64_t, 3> kCandidates{0, 4096, 8192};
 constexpr int kTries = 3;
 constexpr int64_t kMostRows = 8, kMostBytesPerInput = 4;
 // Less is read from caches, whatever is fetched; more takes longer and tells no more.

@@ -168,8 +168,8 @@ def test_the_limit_of_the_targets_example_is_about_2300_tokens_per_second() -> N
 
 def test_decode_figures_are_medians_beside_what_the_machine_allows() -> None:
     samples = [
-        Steady(step_s, context=100.0, outside=outside)
-        for step_s, outside in ((1.02, 0.2), (0.6, 0.1), (9.0, 0.9))
+        Steady(step_s, 100.0, outside, PEAKS.read_gbps * faster)
+        for step_s, outside, faster in ((1.02, 0.2, 1), (0.6, 0.1, 2), (9.0, 0.9, 1))
     ]
     row = decode.figures(samples, 1, WORKLOAD, PEAKS)
     assert row["tokens_per_s"] == pytest.approx(1 / 1.02)
@@ -211,7 +211,7 @@ def test_only_steps_that_decode_the_whole_batch_in_a_row_are_timed() -> None:
 
 def test_a_step_lasts_from_its_beginning_to_that_of_the_next() -> None:
     steps = [call(1.0, 1.8, [9, 19], 2), call(2.0, 2.7, [10, 20], 2), call(3.0, 9.0, [11, 21], 2)]
-    found = steady(steps, batch=2)
+    found = steady(steps, batch=2, read_gbps=30.0)
     assert found.step_s == pytest.approx(1.0)
     assert found.context == (10 + 20 + 11 + 21) / 4
     assert found.outside == pytest.approx(1 - 1.5 / 2)
@@ -219,7 +219,7 @@ def test_a_step_lasts_from_its_beginning_to_that_of_the_next() -> None:
 
 def test_a_batch_that_never_decodes_together_is_no_result() -> None:
     with pytest.raises(InvalidRequest, match="--tokens"):
-        steady([call(0.0, 1.0, [4], 1)], batch=1)
+        steady([call(0.0, 1.0, [4], 1)], batch=1, read_gbps=30.0)
 
 
 def test_a_timed_model_is_the_model_in_everything_else() -> None:
