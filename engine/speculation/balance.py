@@ -5,7 +5,7 @@ from __future__ import annotations
 # By how much a step moves what is known: little, or a few unlucky drafts would look like loss.
 _STEP = 0.03
 # What may be lost of a step's time to see at once when drafts begin to pay.
-_LITTLE = 0.02
+_LITTLE = 0.01
 # Steps without a look at a proposer that loses more.
 _REST = 31
 

@@ -83,7 +83,8 @@ class StepTimes:
     def learn(self, num_rows: int, seconds: float) -> None:
         """A step took that long. All numbers move, as contexts grow and machines get busy; and the
         nearest once more: between two drafts a step takes longer than the measurement's."""
-        error = seconds - self.seconds(num_rows)
+        known = self.seconds(num_rows)
+        error = min(seconds, 2 * known) - known  # the machine may have been elsewhere
         nearest = min(range(len(self._rows)), key=lambda at: abs(self._rows[at] - num_rows))
         self._own[nearest] += _OWN_STEP * error
         self._update()
