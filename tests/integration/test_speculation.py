@@ -31,8 +31,18 @@ from tests.integration.cluster import running
 from tests.integration.streams import KINDS, PROMPT, collected, deltas_of, essence
 from tests.tiny_models import write_folder
 
-FREE = StepTimes({1: 1.0, 256: 1.0})
-"""Rows that cost nothing: every draft is verified."""
+
+class Free(StepTimes):
+    """Rows that cost nothing, whatever steps take: every draft is verified."""
+
+    def __init__(self) -> None:
+        super().__init__({1: 1.0, 256: 1.0})
+
+    def learn(self, num_rows: int, seconds: float) -> None:
+        pass
+
+
+FREE = Free()
 REPETITIVE = SamplingParams(temperature=1.0, seed=3, allowed_token_ids=(97, 98), max_tokens=80)
 
 Spoil = Callable[[int, int], int]
@@ -380,7 +390,7 @@ async def test_with_a_head_a_stream_is_the_one_without(
         ) as engine:
             speculator = engine.engine.core.speculator
             assert speculator is not None
-            speculator.times = StepTimes({1: 1.0, 256: 1.0})
+            speculator.times = FREE
             head = speculator.then if isinstance(speculator, SpeculatorPair) else speculator
             head.proposer.draft_s = lambda longest: 0.0  # type: ignore[method-assign]
             found = await items_of(engine, params)

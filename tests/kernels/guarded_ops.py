@@ -216,6 +216,17 @@ def decoder(
         )
         return [best, hidden] if logits is None else [best, hidden, logits]
 
+    def draft(weights: DecoderWeights, batch: RaggedBatch) -> list[torch.Tensor]:
+        batch = placed(memory, batch)
+        rows = [batch.token_ids, batch.states, batch.positions]
+        numbers = memory.put(torch.tensor([1, 1]))
+        ids = memory.put(torch.arange(weights.head.outputs))
+        drafts = memory.room(2, 1, dtype=torch.int64)
+        native_decoder(weights)._decoder.draft(
+            *rows, batch.page_tables, kv, kv_dtype, page_size, numbers, ids, drafts
+        )
+        return [drafts]
+
     written = [kv]
     written += run(weights, two_sequences(end - rows, end - rows, page_size), False)
     written += run(weights, two_sequences(end, rows, page_size), True)
@@ -224,6 +235,7 @@ def decoder(
         batch = two_sequences(end, 1, page_size)
         states = torch.randn(batch.num_rows, weights.width).numpy()
         written += run(onwards, replace(batch, states=states), False)
+        written += draft(onwards, replace(batch, states=states))
     return written
 
 

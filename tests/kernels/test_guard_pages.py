@@ -23,12 +23,14 @@ ROOT = Path(__file__).parents[2]
 # They take no array, or keep it for the ops that read it.
 WITHOUT_ARRAYS = {
     "Matrix",
+    "fetch_ahead",
     "isa",
     "make_matrix",
     "num_threads",
     "peak_ops",
     "peak_read",
     "select_isa",
+    "set_fetch_ahead",
     "set_num_threads",
     "supported_isas",
 }

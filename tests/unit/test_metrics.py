@@ -18,7 +18,8 @@ NAME = re.compile(r"quire_[a-z_]+(_total|_seconds|_running|_waiting|_pages|_crea
 @pytest.fixture
 def server() -> Iterator[MetricsServer]:
     metrics = Metrics()
-    drafts = SpeculationStats("lookup", proposed=9, accepted_at=[4, 2, 0], draft_time=0.5)
+    lookup = SpeculationStats("lookup", proposed=9, accepted_at=[4, 2, 0], draft_time=0.5)
+    drafts = (lookup, SpeculationStats("head"))
     metrics.watch(lambda: Load(2, 3, {"free": 7, "sealed": 1}, {"step_rows": 12}, drafts))
     with metrics.counted():
         pass
@@ -63,6 +64,7 @@ def test_drafts_are_counted_by_proposer_and_position(server: MetricsServer) -> N
         for at in range(3)
     ]
     assert accepted == [4, 2, 0]
+    assert shown['quire_drafted_tokens_total{proposer="head"}'] == 0
 
 
 def test_load_is_asked_at_each_scrape(server: MetricsServer) -> None:
