@@ -206,14 +206,17 @@ class Speculator:
         """Books what it took to make them, and what their rows will take."""
         found = {name: draft.tokens[: lengths.get(name, 0)] for name, draft in drafts.items()}
         more = sum(map(len, found.values()))
-        self._spent(began)
+        # What it took to get ready for a sequence was weighed before, against all it may save.
+        longest = max(lengths.values(), default=0)
+        usual_s = self.proposer.draft_s(longest) if longest else 0.0
+        self._spent(began, 2 * usual_s if usual_s else inf)
         self._balance.add(self.times.seconds(num_rows) - self.times.seconds(num_rows + more))
         return [Drafted(name, tokens) for name, tokens in found.items() if tokens]
 
-    def _spent(self, began: float) -> None:
+    def _spent(self, began: float, at_most: float = inf) -> None:
         took = time.perf_counter() - began
         self.stats.draft_time += took
-        self._balance.add(-took)
+        self._balance.add(-min(took, at_most))
 
     def _most(self, left: Mapping[str, int]) -> dict[str, int]:
         return {
