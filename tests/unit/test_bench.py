@@ -306,7 +306,7 @@ def test_no_two_prompts_of_a_benchmark_share_a_page() -> None:
 
 
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "measure_machine", lambda: measure_machine(1 << 22, seconds=0.0))
+    monkeypatch.setattr(cli, "measure_machine", lambda: measure_machine(1 << 22, seconds=0.05))
 
 
 def test_decode_prints_one_json_object_and_keeps_progress_out_of_it(
