@@ -201,8 +201,8 @@ class DraftHead:
         self._pages = pages
         self._generations = generations
         self._sequences: dict[str, _Sequence] = {}
-        self._next_s = (self._measured(_FAR) - self._measured(1)) / (_FAR - 1)
         self._first_s = self._at_first_s = self._measured(1)
+        self._next_s = max(self._measured(_FAR) - self._first_s, 0.0) / (_FAR - 1)
 
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
         self._sequences[name] = _Sequence(tokens[-1], len(tokens))

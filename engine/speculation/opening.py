@@ -17,12 +17,11 @@ def open_speculator(
 ) -> Speculator | SpeculatorPair:
     """Of a kind in SPECULATION_MODES but off; "model" and "head" take ``draft``, "auto" may. Raises
     ValueError."""
-    if kind == "lookup" or (kind == "auto" and draft is None):
-        return Speculator(PromptLookup(), vocab_size, times)
-    if kind == "auto" and draft is not None:
-        return SpeculatorPair(
-            Speculator(PromptLookup(), vocab_size, times), Speculator(draft, vocab_size, times)
-        )
+    if kind in ("lookup", "auto"):
+        lookup = Speculator(PromptLookup(), vocab_size, times)
+        if kind == "lookup" or draft is None:
+            return lookup
+        return SpeculatorPair(lookup, Speculator(draft, vocab_size, times))
     if kind == "history":
         return Speculator(PromptLookup(PastOutputs()), vocab_size, times)
     if draft is not None and kind == draft.name:
