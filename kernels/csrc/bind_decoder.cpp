@@ -167,7 +167,7 @@ public:
         step.best_ids = best.data();
         step.hidden = data<float>(states, "states", {rows, shape_.width});
         for (int64_t row = 0; row < rows; ++row)
-            if (at[row] < 0 || at[row] + number[row] > max_positions_)
+            if (at[row] < 0 || at[row] > max_positions_ - number[row])
                 refuse("positions", "leave room for the drafts");
         step.logit_rows = 0;
         check(step);

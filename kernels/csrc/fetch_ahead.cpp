@@ -20,10 +20,9 @@ constexpr int64_t kLeastBytes = int64_t(64) << 20, kMostBytes = int64_t(160) << 
 // What must be gained for what the hardware does not do by itself.
 constexpr double kLeastGain = 0.98;
 
-FetchAhead& chosen() {
-    static FetchAhead bytes = kUsualFetchAhead;
-    return bytes;
-}
+// Another model may run while the first large one is loaded.
+std::array<std::atomic<int64_t>, kUsualFetchAhead.size()> chosen{
+    kUsualFetchAhead[0], kUsualFetchAhead[1], kUsualFetchAhead[2], kUsualFetchAhead[3]};
 
 int64_t bytes_of(const Matrix& w) { return w.tiles * w.tile_bytes; }
 
@@ -72,12 +71,18 @@ private:
 
 }  // namespace
 
-const FetchAhead& fetch_ahead() { return chosen(); }
+FetchAhead fetch_ahead() {
+    FetchAhead bytes;
+    std::copy(chosen.begin(), chosen.end(), bytes.begin());
+    return bytes;
+}
 
-void set_fetch_ahead(const FetchAhead& bytes) { chosen() = bytes; }
+void set_fetch_ahead(const FetchAhead& bytes) {
+    std::copy(bytes.begin(), bytes.end(), chosen.begin());
+}
 
 int64_t fetch_ahead_of(int64_t rows) {
-    return chosen()[rows >= 8 ? 3 : rows >= 4 ? 2 : rows >= 2 ? 1 : 0];
+    return chosen[rows >= 8 ? 3 : rows >= 4 ? 2 : rows >= 2 ? 1 : 0];
 }
 
 void measure_fetch_ahead(const std::vector<Matrix>& weights) {
@@ -91,8 +96,7 @@ void measure_fetch_ahead(const std::vector<Matrix>& weights) {
     }
     if (bytes < kLeastBytes || measured.exchange(true)) return;
     Products products(taken);
-    FetchAhead& best = chosen();
-    for (size_t place = 0; place < best.size(); ++place) {
+    for (size_t place = 0; place < chosen.size(); ++place) {
         std::array<double, kCandidates.size()> least;
         least.fill(std::numeric_limits<double>::infinity());
         for (int i = 0; i < kTries; ++i)
@@ -101,7 +105,7 @@ void measure_fetch_ahead(const std::vector<Matrix>& weights) {
                 least[c] = std::min(least[c], took);
             }
         least[0] *= kLeastGain;
-        best[place] = kCandidates[std::min_element(least.begin(), least.end()) - least.begin()];
+        chosen[place] = kCandidates[std::min_element(least.begin(), least.end()) - least.begin()];
     }
 }
 

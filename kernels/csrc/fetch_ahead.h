@@ -15,7 +15,7 @@ using FetchAhead = std::array<int64_t, 4>;
 constexpr FetchAhead kUsualFetchAhead{0, 0, 0, 2048};
 
 // What this process uses, at first the usual.
-const FetchAhead& fetch_ahead();
+FetchAhead fetch_ahead();
 void set_fetch_ahead(const FetchAhead& bytes);
 
 // The bytes for so many rows.
