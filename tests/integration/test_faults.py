@@ -359,7 +359,8 @@ async def test_a_request_that_the_model_fails_on_ends_alone(redis_url: str) -> N
 
 
 async def test_a_slow_reader_is_cut_off_and_the_others_are_not(redis_url: str) -> None:
-    async with running(redis_url, decode={"output_queue": 8}) as cluster:
+    queue = 2 * PARAMS.max_tokens  # the others' answers fit, however late they are read
+    async with running(redis_url, decode={"output_queue": queue}) as cluster:
         async with cluster.client() as client:
             engine = cluster.decode[0].worker.engine
             stream = client.stream(LONG, ENDLESS)
