@@ -39,9 +39,7 @@ public:
         const int64_t groups = rows * (w.inputs / w.group);
         const int32_t sum_factor = w.offsets == Offsets::none ? -w.zero() : 1;
         return {w.reads, w.rotated, sum_factor, rows, w.inputs, w.group,
-                values_.of<uint8_t>(rows * w.inputs *
-                                        larger_of(bytes_per_input(w.reads), kMostBytesPerInteger) +
-                                    kReadBeyondInputs),
+                values_.of<uint8_t>(rows * w.inputs * bytes_per_input(w.reads) + kReadBeyondInputs),
                 scales_.of<float>(groups), sums_.of<int32_t>(groups), fetch_ahead_of(rows)};
     }
 

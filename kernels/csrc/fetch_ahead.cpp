@@ -12,11 +12,11 @@ namespace quire {
 
 namespace {
 
-constexpr std::array<int64_t, 3> kCandidates{0, 4096, 8192};
+constexpr std::array<int64_t, 4> kCandidates{0, 1024, 4096, 8192};
 constexpr int kTries = 3;
 constexpr int64_t kMostRows = 8, kMostBytesPerInput = 4;
 // Less is read from caches, whatever is fetched; more takes longer and tells no more.
-constexpr int64_t kLeastBytes = int64_t(64) << 20, kMostBytes = int64_t(160) << 20;
+constexpr int64_t kLeastBytes = int64_t(64) << 20, kMostBytes = int64_t(96) << 20;
 // What must be gained for what the hardware does not do by itself.
 constexpr double kLeastGain = 0.98;
 

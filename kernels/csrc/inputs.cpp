@@ -91,7 +91,7 @@ QUIRE_INLINE void put_tile_row(I16 a, uint8_t* out, int64_t plane) {
 }
 
 // 16 bits each, in the order 0, 2, 1, 3 of every four: pairs as bytes widened to 16 bits stand.
-QUIRE_INLINE void put_wide(I16 a, uint8_t* out, int64_t stride) {
+QUIRE_INLINE void put_words(I16 a, uint8_t* out, int64_t stride) {
     int16_t words[16];
     store_words(words, a);
     for (int i = 0; i < 16; i += 4, out += stride) {
@@ -116,14 +116,14 @@ QUIRE_INLINE void pack_group(const float* x, const InputRows& all, uint8_t* out,
         total = total + value;
         if (in_tiles) {
             put_tile_row<Wide>(value, out + 16 * i, 16 * Vectors * rows);
-        } else if constexpr (kWideInputs)
-            put_wide(value, out + 32 * i * rows, 8 * rows);
+        } else if constexpr (Wide && kPlanes16 == 1)
+            put_words(value, out + 32 * i * rows, 8 * rows);
         else if constexpr (Wide)
             put_planes(value, out + 32 * i * rows, 8 * rows);
         else
             store_bytes(bytes + 16 * i, value);
     }
-    if constexpr (!Wide && !kWideInputs)
+    if constexpr (!Wide)
         if (!in_tiles) put_units<4 * Vectors>(bytes, out, 4 * rows);
     *scale = s.scale;
     *sum = int32_t(uint32_t(all.sum_factor) * uint32_t(reduce_sum(total)));  // NaN may be any
@@ -132,7 +132,7 @@ QUIRE_INLINE void pack_group(const float* x, const InputRows& all, uint8_t* out,
 template <int Vectors, bool Wide>
 void pack_groups(const float* x, int64_t start, int64_t count, const InputRows& all,
                  const InputTile& out, int64_t row) {
-    constexpr int64_t kGroup = 16 * Vectors, kUnit = Wide || kWideInputs ? 8 : 4;
+    constexpr int64_t kGroup = 16 * Vectors, kUnit = Wide ? 8 : 4;
     const bool in_tiles = in_matrix_tiles(all.format, out.rows);
     for (int64_t i = 0; i < count; i += kGroup) {
         const int64_t at = start + i, group = at / kGroup * out.rows + row;

@@ -33,13 +33,6 @@ constexpr int tile_rows(InputFormat format) {
     return format == InputFormat::int16 ? kTileRows / kPlanes16 : kTileRows;
 }
 
-// Integers are kept in fours of a row: of bytes, 16 bits as two planes of them, where products take
-// bytes; else of 16 bits each, in the order 0, 2, 1, 3.
-constexpr int64_t kFourBytes = kWideInputs ? 8 : 4;
-constexpr int64_t input_bytes(InputFormat format) {
-    return kWideInputs && format == InputFormat::int8 ? 2 : bytes_per_input(format);
-}
-
 // Whether so many rows of a format stand in the form of matrix tiles.
 constexpr bool in_matrix_tiles(InputFormat format, int64_t rows) {
     return kMatrixTiles && format >= InputFormat::int8 && rows >= kLeastRowsInTiles;
@@ -59,7 +52,7 @@ static inline InputTile tile_at(const InputRows& x, int64_t row) {
     const int64_t step = tile_rows(x.format), groups = x.inputs / x.group;
     const int64_t first = row / step * step;
     return {first, smaller_of(step, x.rows - first),
-            x.values + first * x.inputs * input_bytes(x.format), x.scales + first * groups,
+            x.values + first * x.inputs * bytes_per_input(x.format), x.scales + first * groups,
             x.sums + first * groups};
 }
 

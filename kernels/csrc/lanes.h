@@ -12,10 +12,13 @@
 //   exchange<D>(a)               lane i takes the value of lane i xor D; D is 1, 2, 4 or 8
 //   load_half(p)                 16 elements of fp16
 //
-// I16: sixteen int32 lanes; Packed: 64 bytes of a matrix; Weights: 16 x 4 unsigned bytes of them
-// (bytes_of, low_nibbles, high_nibbles); Inputs: 4 signed bytes, or with kWideInputs words, for
-// every lane.
+// I16: sixteen int32 lanes; Packed: 64 bytes of a matrix. Inputs: four for every lane, ByteInputs
+// of 8 bits, all but -128, or WideInputs of 16, or again of 8 where 16 are cut into two planes. What
+// of a matrix is multiplied by them, 16 x 4 weights: bytes_of<Inputs>, low_nibbles<Inputs> and
+// high_nibbles<Inputs> of a Packed. They are unsigned, except that kSignedBytes takes 128 from what
+// ByteInputs are multiplied by.
 //
+//   Inputs(p)                    four inputs, Inputs::kFourBytes bytes
 //   dot(sum, w, x)               sum + w0 x0 + w1 x1 + w2 x2 + w3 x3 per lane, modulo 2^32
 //   to_int(a)                    nearest, ties to even, of |a| < 2^22
 //   store_bytes(p, a)            the low byte of every lane
@@ -23,7 +26,7 @@
 //
 // kRegisters: how many of these types registers hold, 0 if that is not known; kTileRows and
 // kColumns: how many rows and how many of a tile's two columns of 16 outputs a product takes at
-// once; kPlanes16: bytes that an input of 16 bits is cut into.
+// once; kPlanes16: into how many planes inputs of 16 bits are cut.
 //
 // Pairs: sixteen pairs of bf16; dot(sum, w, x) = fma(w0, x0, fma(w1, x1, sum)), where vdpbf16ps
 // does it with subnormal numbers taken for 0.

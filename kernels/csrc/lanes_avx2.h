@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVXVNNI__)
 #define QUIRE_ISA avx2_vnni
@@ -169,68 +170,109 @@ QUIRE_INLINE Packed load_weights(const uint8_t* p) {
     auto halves = reinterpret_cast<const __m256i*>(p);
     return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
 }
-QUIRE_INLINE Packed shifted_nibbles(Packed w) {
-    return {_mm256_srli_epi16(w.low, 4), _mm256_srli_epi16(w.high, 4)};
+QUIRE_INLINE I16 and_all(I16 a, __m256i mask) {
+    return {_mm256_and_si256(a.low, mask), _mm256_and_si256(a.high, mask)};
+}
+template <int Bits>
+QUIRE_INLINE I16 shift_words_right(I16 a) {
+    return {_mm256_srli_epi16(a.low, Bits), _mm256_srli_epi16(a.high, Bits)};
 }
 
-#if defined(__AVXVNNI__)
-constexpr int kPlanes16 = 2;
-constexpr bool kWideInputs = false;
-using Weights = I16;
-using Inputs = __m256i;
-QUIRE_INLINE Weights bytes_of(Packed w) { return w; }
-QUIRE_INLINE Weights low_nibbles(Packed w) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(w.low, mask), _mm256_and_si256(w.high, mask)};
-}
-QUIRE_INLINE Inputs broadcast_inputs(const uint8_t* p) {
+QUIRE_INLINE __m256i broadcast_4(const uint8_t* p) {
     int32_t four;
     std::memcpy(&four, p, 4);
     return _mm256_set1_epi32(four);
 }
-QUIRE_INLINE I16 dot(I16 sum, const Weights& w, Inputs x) {
-    return {_mm256_dpbusd_avx_epi32(sum.low, w.low, x), _mm256_dpbusd_avx_epi32(sum.high, w.high, x)};
+struct ByteInputs {
+    static constexpr int64_t kFourBytes = 4;
+    __m256i all;
+    explicit ByteInputs(const uint8_t* p) : all(broadcast_4(p)) {}
+};
+
+#if defined(__AVXVNNI__)
+constexpr int kPlanes16 = 2;
+constexpr bool kSignedBytes = false;
+using WideInputs = ByteInputs;
+template <class>
+QUIRE_INLINE I16 bytes_of(Packed w) { return w; }
+template <class>
+QUIRE_INLINE I16 low_nibbles(Packed w) { return and_all(w, _mm256_set1_epi8(15)); }
+template <class>
+QUIRE_INLINE I16 high_nibbles(Packed w) { return and_all(shift_words_right<4>(w), _mm256_set1_epi8(15)); }
+QUIRE_INLINE I16 dot(I16 sum, const I16& w, const ByteInputs& x) {
+    return {_mm256_dpbusd_avx_epi32(sum.low, w.low, x.all),
+            _mm256_dpbusd_avx_epi32(sum.high, w.high, x.all)};
 }
 #else
-// vpmaddubsw would saturate; bytes widened to 16 bits, times inputs of 16 bits, add up exactly.
 constexpr int kPlanes16 = 1;
-constexpr bool kWideInputs = true;
-struct Weights {
-    I16 even, odd;
+constexpr bool kSignedBytes = true;
+
+// vpmaddubsw adds pairs of products up to 2^15 - 1 without error. Nibbles times bytes are far less;
+// of bytes, at most 2 * 128 * 127, if weights are signed and lend their signs to the inputs.
+struct SignedBytes {
+    I16 magnitude, value;
 };
-struct Inputs {
-    __m256i even, odd;
-};
-QUIRE_INLINE Weights bytes_of(Packed w) {
-    const __m256i mask = _mm256_set1_epi16(255);
-    return {{_mm256_and_si256(w.low, mask), _mm256_and_si256(w.high, mask)},
-            {_mm256_srli_epi16(w.low, 8), _mm256_srli_epi16(w.high, 8)}};
+QUIRE_INLINE SignedBytes signed_bytes(Packed w) {
+    const __m256i offset = _mm256_set1_epi8(char(128));
+    const I16 value{_mm256_xor_si256(w.low, offset), _mm256_xor_si256(w.high, offset)};
+    return {{_mm256_abs_epi8(value.low), _mm256_abs_epi8(value.high)}, value};
 }
-QUIRE_INLINE Weights low_nibbles(Packed w) {
-    const __m256i mask = _mm256_set1_epi16(15);
-    const __m256i low = _mm256_srli_epi16(w.low, 8), high = _mm256_srli_epi16(w.high, 8);
-    return {{_mm256_and_si256(w.low, mask), _mm256_and_si256(w.high, mask)},
-            {_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)}};
-}
-QUIRE_INLINE __m256i broadcast_two(const uint8_t* p) {
-    int32_t two;
-    std::memcpy(&two, p, 4);
-    return _mm256_set1_epi32(two);
-}
-QUIRE_INLINE Inputs broadcast_inputs(const uint8_t* p) {
-    return {broadcast_two(p), broadcast_two(p + 4)};
-}
-QUIRE_INLINE __m256i dot_8(__m256i sum, __m256i even, __m256i odd, const Inputs& x) {
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, x.even));
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(odd, x.odd));
+QUIRE_INLINE __m256i add_products(__m256i sum, __m256i unsigned_bytes, __m256i signed_bytes) {
+    const __m256i pairs = _mm256_maddubs_epi16(unsigned_bytes, signed_bytes);
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     asm("" : "+x"(sum));  // one product after the other: the compiler would keep more than fit
     return sum;
 }
-QUIRE_INLINE I16 dot(I16 sum, const Weights& w, Inputs x) {
+QUIRE_INLINE I16 dot(I16 sum, const SignedBytes& w, const ByteInputs& x) {
+    return {add_products(sum.low, w.magnitude.low, _mm256_sign_epi8(x.all, w.value.low)),
+            add_products(sum.high, w.magnitude.high, _mm256_sign_epi8(x.all, w.value.high))};
+}
+QUIRE_INLINE I16 dot(I16 sum, const I16& w, const ByteInputs& x) {
+    return {add_products(sum.low, w.low, x.all), add_products(sum.high, w.high, x.all)};
+}
+
+// Bytes widened to 16 bits, times inputs of 16 bits, add up exactly.
+struct Words {
+    I16 even, odd;
+};
+struct WideInputs {
+    static constexpr int64_t kFourBytes = 8;
+    __m256i even, odd;
+    explicit WideInputs(const uint8_t* p) : even(broadcast_4(p)), odd(broadcast_4(p + 4)) {}
+};
+template <class Inputs>
+QUIRE_INLINE auto bytes_of(Packed w) {
+    if constexpr (std::is_same_v<Inputs, WideInputs>)
+        return Words{and_all(w, _mm256_set1_epi16(255)), shift_words_right<8>(w)};
+    else
+        return signed_bytes(w);
+}
+template <class Inputs>
+QUIRE_INLINE auto low_nibbles(Packed w) {
+    if constexpr (std::is_same_v<Inputs, WideInputs>)
+        return Words{and_all(w, _mm256_set1_epi16(15)),
+                     and_all(shift_words_right<8>(w), _mm256_set1_epi16(15))};
+    else
+        return and_all(w, _mm256_set1_epi8(15));
+}
+template <class Inputs>
+QUIRE_INLINE auto high_nibbles(Packed w) {
+    if constexpr (std::is_same_v<Inputs, WideInputs>)
+        return Words{and_all(shift_words_right<4>(w), _mm256_set1_epi16(15)),
+                     shift_words_right<12>(w)};
+    else
+        return and_all(shift_words_right<4>(w), _mm256_set1_epi8(15));
+}
+QUIRE_INLINE __m256i dot_8(__m256i sum, __m256i even, __m256i odd, const WideInputs& x) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, x.even));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(odd, x.odd));
+    asm("" : "+x"(sum));
+    return sum;
+}
+QUIRE_INLINE I16 dot(I16 sum, const Words& w, const WideInputs& x) {
     return {dot_8(sum.low, w.even.low, w.odd.low, x), dot_8(sum.high, w.even.high, w.odd.high, x)};
 }
 #endif
-QUIRE_INLINE Weights high_nibbles(Packed w) { return low_nibbles(shifted_nibbles(w)); }
 
 struct Pairs {
     F16 even, odd;

@@ -15,7 +15,7 @@
 namespace quire::QUIRE_ISA {
 
 constexpr int kRegisters = 32, kColumns = 2, kTileRows = 12, kPlanes16 = 2;
-constexpr bool kWideInputs = false;
+constexpr bool kSignedBytes = false;
 
 struct F16 {
     __m512 all;
@@ -83,8 +83,16 @@ struct I16 {
     __m512i all;
 };
 using Packed = I16;
-using Weights = I16;
-using Inputs = I16;
+struct ByteInputs {
+    static constexpr int64_t kFourBytes = 4;
+    __m512i all;
+    explicit ByteInputs(const uint8_t* p) {
+        int32_t four;
+        __builtin_memcpy(&four, p, 4);
+        all = _mm512_set1_epi32(four);
+    }
+};
+using WideInputs = ByteInputs;
 
 QUIRE_INLINE I16 load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 QUIRE_INLINE I16 broadcast_int(int32_t a) { return {_mm512_set1_epi32(a)}; }
@@ -110,17 +118,17 @@ QUIRE_INLINE void store_bytes(int8_t* p, I16 a) {
 }
 
 QUIRE_INLINE Packed load_weights(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-QUIRE_INLINE Weights bytes_of(Packed w) { return w; }
-QUIRE_INLINE Weights low_nibbles(Packed w) {
+template <class>
+QUIRE_INLINE I16 bytes_of(Packed w) { return w; }
+template <class>
+QUIRE_INLINE I16 low_nibbles(Packed w) {
     return {_mm512_and_si512(w.all, _mm512_set1_epi8(15))};
 }
-QUIRE_INLINE Weights high_nibbles(Packed w) { return low_nibbles({_mm512_srli_epi16(w.all, 4)}); }
-QUIRE_INLINE Inputs broadcast_inputs(const uint8_t* p) {
-    int32_t four;
-    __builtin_memcpy(&four, p, 4);
-    return {_mm512_set1_epi32(four)};
+template <class Inputs>
+QUIRE_INLINE I16 high_nibbles(Packed w) {
+    return low_nibbles<Inputs>({_mm512_srli_epi16(w.all, 4)});
 }
-QUIRE_INLINE I16 dot(I16 sum, Weights w, Inputs x) {
+QUIRE_INLINE I16 dot(I16 sum, const I16& w, const ByteInputs& x) {
     return {_mm512_dpbusd_epi32(sum.all, w.all, x.all)};
 }
 

@@ -8,7 +8,7 @@
 namespace quire::portable {
 
 constexpr int kRegisters = 0, kColumns = 1, kTileRows = 4, kPlanes16 = 1;
-constexpr bool kWideInputs = true;
+constexpr bool kSignedBytes = false;
 
 struct F16 {
     float lane[16];
@@ -108,9 +108,15 @@ QUIRE_INLINE I16 each_int(Op op) {
 struct Packed {
     uint8_t byte[64];
 };
-using Weights = Packed;
-struct Inputs {
-    int32_t each[4];
+struct ByteInputs {
+    static constexpr int64_t kFourBytes = 4;
+    int8_t each[4];
+    explicit ByteInputs(const uint8_t* p) { std::memcpy(each, p, sizeof each); }
+};
+struct WideInputs {
+    static constexpr int64_t kFourBytes = 8;
+    int16_t each[4];  // as put_words leaves them: 0, 2, 1, 3
+    explicit WideInputs(const uint8_t* p) { std::memcpy(each, p, sizeof each); }
 };
 
 QUIRE_INLINE I16 broadcast_int(int32_t a) { return each_int([=](int) { return a; }); }
@@ -163,25 +169,29 @@ QUIRE_INLINE Packed load_weights(const uint8_t* p) {
     std::memcpy(w.byte, p, 64);
     return w;
 }
-QUIRE_INLINE Weights bytes_of(const Packed& w) { return w; }
-QUIRE_INLINE Weights low_nibbles(Packed w) {
+template <class>
+QUIRE_INLINE Packed bytes_of(const Packed& w) { return w; }
+template <class>
+QUIRE_INLINE Packed low_nibbles(Packed w) {
     for (uint8_t& byte : w.byte) byte &= 15;
     return w;
 }
-QUIRE_INLINE Weights high_nibbles(Packed w) {
+template <class>
+QUIRE_INLINE Packed high_nibbles(Packed w) {
     for (uint8_t& byte : w.byte) byte >>= 4;
     return w;
 }
-QUIRE_INLINE Inputs broadcast_inputs(const uint8_t* p) {
-    int16_t four[4];
-    std::memcpy(four, p, sizeof four);
-    return {{four[0], four[2], four[1], four[3]}};
-}
-QUIRE_INLINE I16 dot(const I16& sum, const Weights& w, const Inputs& x) {
+QUIRE_INLINE I16 dot(const I16& sum, const Packed& w, const int32_t (&x)[4]) {
     I16 r = sum;
     for (int i = 0; i < 16; ++i)
-        for (int j = 0; j < 4; ++j) r.lane[i] += w.byte[4 * i + j] * x.each[j];
+        for (int j = 0; j < 4; ++j) r.lane[i] += w.byte[4 * i + j] * x[j];
     return r;
+}
+QUIRE_INLINE I16 dot(const I16& sum, const Packed& w, const ByteInputs& x) {
+    return dot(sum, w, {x.each[0], x.each[1], x.each[2], x.each[3]});
+}
+QUIRE_INLINE I16 dot(const I16& sum, const Packed& w, const WideInputs& x) {
+    return dot(sum, w, {x.each[0], x.each[2], x.each[1], x.each[3]});
 }
 
 struct Pairs {

@@ -64,8 +64,8 @@ QUIRE_INLINE const uint8_t* spread_nibbles(const uint8_t* weights, int64_t group
     for (int64_t at = 0; at < group * 16; at += 128)
         for (int64_t i = at; i < at + 128; i += 64) {
             const Packed both = load_weights(weights + i);
-            _mm512_store_si512(bytes + at + i, low_nibbles(both).all);
-            _mm512_store_si512(bytes + at + i + 128, high_nibbles(both).all);
+            _mm512_store_si512(bytes + at + i, low_nibbles<ByteInputs>(both).all);
+            _mm512_store_si512(bytes + at + i + 128, high_nibbles<ByteInputs>(both).all);
         }
     return bytes;
 }
@@ -81,20 +81,22 @@ QUIRE_INLINE void add_group(const Matrix& w, const GroupAt& at, const TileSums<P
                             int64_t rows, const float* scales, const int32_t* input_sums,
                             float* out, int64_t stride) {
     const bool centred = w.offsets == Offsets::none;
-    F16 scale[2];
+    F16 scale[2], offset[2];
     for (int c = 0; c < 2; ++c) scale[c] = load_scales(at.scales + 32 * c, w.bf16_scales);
+    if (!centred) load_offsets(w, at.offsets, scale, offset);
     for (int64_t r = 0; r < rows; ++r) {
-        const F16 s = broadcast(scales[r]);
+        const F16 s = broadcast(scales[r]), of = broadcast(scales[r] * float(input_sums[r]));
         const I16 start = broadcast_int(centred ? input_sums[r] : 0);
         for (int c = 0; c < 2; ++c) {
             I16 all = load_ints(sums.of[Planes - 1][r] + 16 * c) + start;
             if constexpr (Planes == 2)
                 all = all + shift_left<8>(load_ints(sums.of[0][r] + 16 * c));
             float* to = out + r * stride + 16 * c;
-            store(to, fma(to_float(all), scale[c] * s, load(to)));
+            F16 total = fma(to_float(all), scale[c] * s, load(to));
+            if (!centred) total = fma(offset[c], of, total);
+            store(to, total);
         }
     }
-    if (!centred) add_offsets(w, at.offsets, scale, rows, scales, input_sums, out, stride);
 }
 
 template <int Planes, bool Nibbles>

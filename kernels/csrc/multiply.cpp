@@ -1,6 +1,7 @@
 // Products of a few rows with one tile of 32 outputs. How many rows and outputs share a pass over
 // the weights changes no bit: every output has its own sums. Integers add up exactly within a group; groups are
 // then added in fp32, in ascending order.
+#include <type_traits>
 #include <utility>
 
 #include "kernels.h"
@@ -37,16 +38,20 @@ QUIRE_INLINE void each_load(F f) {
         for (int i = 0; i < Count; ++i) f(i);
 }
 
-// Calls f(c) for the tile's columns of 16 outputs, as many at once as registers hold sums of.
-template <class F>
+// How many of a tile's two columns of 16 outputs are taken at once: both where registers hold what so
+// many lines of inputs need, since memory is read best in one run.
+constexpr int columns_of(int lines) { return 2 * lines <= kTileRows ? 2 : kColumns; }
+
+// Calls f(c) for the tile's columns, so many at once.
+template <int Columns, class F>
 QUIRE_INLINE void each_columns(F f) {
-    for (int c = 0; c < 2; c += kColumns) f(c);
+    for (int c = 0; c < 2; c += Columns) f(c);
 }
 
-template <int Rows>
-QUIRE_INLINE void put(const F16 (&sum)[Rows][kColumns], float* out, int64_t stride) {
+template <int Rows, int Columns>
+QUIRE_INLINE void put(const F16 (&sum)[Rows][Columns], float* out, int64_t stride) {
     for (int r = 0; r < Rows; ++r)
-        for (int c = 0; c < kColumns; ++c) store(out + r * stride + 16 * c, sum[r][c]);
+        for (int c = 0; c < Columns; ++c) store(out + r * stride + 16 * c, sum[r][c]);
 }
 
 template <int Rows, int Columns>
@@ -66,19 +71,20 @@ QUIRE_INLINE void fetch_floats(const void* weights, int64_t ahead) {
 template <int Rows>
 void multiply_f32(const Matrix& w, const uint8_t* tile, const InputTile& x, float* out,
                   int64_t stride) {
-    each_columns([&](int column) __attribute__((always_inline)) {
+    constexpr int kAtOnce = columns_of(Rows);
+    each_columns<kAtOnce>([&](int column) __attribute__((always_inline)) {
         auto inputs = reinterpret_cast<const float*>(x.values);
         auto weights = reinterpret_cast<const float*>(tile) + 16 * column;
         const int64_t ahead = column == 0 ? x.ahead : 0;
-        F16 sum[Rows][kColumns];
+        F16 sum[Rows][kAtOnce];
         clear(sum);
         for (int64_t k = 0; k < w.inputs; ++k, inputs += Rows, weights += 32) {
             fetch_floats(weights, ahead);
-            F16 wide[kColumns];
-            for (int c = 0; c < kColumns; ++c) wide[c] = load(weights + 16 * c);
+            F16 wide[kAtOnce];
+            for (int c = 0; c < kAtOnce; ++c) wide[c] = load(weights + 16 * c);
             for (int r = 0; r < Rows; ++r) {
                 const F16 a = broadcast(inputs[r]);
-                for (int c = 0; c < kColumns; ++c) sum[r][c] = fma(a, wide[c], sum[r][c]);
+                for (int c = 0; c < kAtOnce; ++c) sum[r][c] = fma(a, wide[c], sum[r][c]);
             }
         }
         put(sum, out + 16 * column, stride);
@@ -88,19 +94,20 @@ void multiply_f32(const Matrix& w, const uint8_t* tile, const InputTile& x, floa
 template <int Rows>
 void multiply_bf16(const Matrix& w, const uint8_t* tile, const InputTile& x, float* out,
                    int64_t stride) {
-    each_columns([&](int column) __attribute__((always_inline)) {
+    constexpr int kAtOnce = columns_of(Rows);
+    each_columns<kAtOnce>([&](int column) __attribute__((always_inline)) {
         auto inputs = reinterpret_cast<const bf16*>(x.values);
         auto weights = reinterpret_cast<const bf16*>(tile) + 32 * column;
         const int64_t ahead = column == 0 ? x.ahead : 0;
-        F16 sum[Rows][kColumns];
+        F16 sum[Rows][kAtOnce];
         clear(sum);
         for (int64_t k = 0; k < w.inputs; k += 2, inputs += 2 * Rows, weights += 64) {
             fetch_floats(weights, ahead);
-            Pairs pairs[kColumns];
-            for (int c = 0; c < kColumns; ++c) pairs[c] = load_pairs(weights + 32 * c);
+            Pairs pairs[kAtOnce];
+            for (int c = 0; c < kAtOnce; ++c) pairs[c] = load_pairs(weights + 32 * c);
             for (int r = 0; r < Rows; ++r) {
                 const Pairs a = broadcast_pair(inputs + 2 * r);
-                for (int c = 0; c < kColumns; ++c) sum[r][c] = dot(sum[r][c], pairs[c], a);
+                for (int c = 0; c < kAtOnce; ++c) sum[r][c] = dot(sum[r][c], pairs[c], a);
             }
         }
         put(sum, out + 16 * column, stride);
@@ -116,68 +123,64 @@ QUIRE_INLINE F16 load_scales(const uint8_t* p, bool as_bf16) {
 // more, the sums of a group all end at once, and nothing is left to multiply while they are stored.
 constexpr int kBlockLines = kRegisters >= 32 ? 6 : 2 * kTileRows;
 
-// Adds 4 * Fours inputs of `Lines` of a tile's `All` lines: [lines][columns] sums of 16 outputs.
-template <int Lines, int All, bool Nibbles, int Fours>
-QUIRE_INLINE void add_fours(const uint8_t* weights, const uint8_t* inputs,
-                            I16 (&sum)[Lines][kColumns]) {
-    auto add = [&](const Weights (&w)[kColumns], int four) __attribute__((always_inline)) {
+// Adds 4 * Fours inputs of `Lines` of a tile's `All` lines: [lines][columns] sums of 16 outputs. If
+// `Fetches`, the weights `ahead` bytes further on are fetched.
+template <class Inputs, int Fours, int All, bool Nibbles, bool Fetches, int Lines, int Columns>
+QUIRE_INLINE void add_fours(const uint8_t* weights, const uint8_t* inputs, int64_t ahead,
+                            I16 (&sum)[Lines][Columns]) {
+    auto add = [&](const auto (&w)[Columns], int four) __attribute__((always_inline)) {
         each<Lines>([&](auto line) __attribute__((always_inline)) {
-            const Inputs a = broadcast_inputs(inputs + kFourBytes * (four * All + line));
-            for (int c = 0; c < kColumns; ++c) sum[line][c] = dot(sum[line][c], w[c], a);
+            const Inputs a(inputs + Inputs::kFourBytes * (four * All + line));
+            for (int c = 0; c < Columns; ++c) sum[line][c] = dot(sum[line][c], w[c], a);
         });
     };
     each_load<Nibbles ? Fours / 2 : Fours>([&](auto i) __attribute__((always_inline)) {
-        Packed packed[kColumns];
-        for (int c = 0; c < kColumns; ++c) packed[c] = load_weights(weights + 128 * i + 64 * c);
-        Weights w[kColumns];
+        if constexpr (Fetches)
+            for (int c = 0; c < Columns; ++c) __builtin_prefetch(weights + 128 * i + 64 * c + ahead);
+        Packed packed[Columns];
+        for (int c = 0; c < Columns; ++c) packed[c] = load_weights(weights + 128 * i + 64 * c);
         if constexpr (Nibbles) {
-            for (int c = 0; c < kColumns; ++c) w[c] = low_nibbles(packed[c]);
+            decltype(low_nibbles<Inputs>(packed[0])) w[Columns];
+            for (int c = 0; c < Columns; ++c) w[c] = low_nibbles<Inputs>(packed[c]);
             add(w, 2 * i);
-            for (int c = 0; c < kColumns; ++c) w[c] = high_nibbles(packed[c]);
+            for (int c = 0; c < Columns; ++c) w[c] = high_nibbles<Inputs>(packed[c]);
             add(w, 2 * i + 1);
         } else {
-            for (int c = 0; c < kColumns; ++c) w[c] = bytes_of(packed[c]);
+            decltype(bytes_of<Inputs>(packed[0])) w[Columns];
+            for (int c = 0; c < Columns; ++c) w[c] = bytes_of<Inputs>(packed[c]);
             add(w, i);
         }
     });
 }
 
-// What the offsets of a group's weights add to the outputs.
-QUIRE_INLINE void add_offsets(const Matrix& w, const uint8_t* offsets, const F16 (&scale)[2],
-                              int64_t rows, const float* scales, const int32_t* sums, float* out,
-                              int64_t stride) {
-    F16 offset[2];
+// What is added to the outputs for each unit of a row's inputs: the offsets of a group's weights.
+QUIRE_INLINE void load_offsets(const Matrix& w, const uint8_t* offsets, const F16 (&scale)[2],
+                               F16 (&offset)[2]) {
     for (int c = 0; c < 2; ++c) {
         offset[c] = load_scales(offsets + 32 * c, w.bf16_scales);
         if (w.offsets == Offsets::zeros) offset[c] = broadcast(0.0f) - offset[c] * scale[c];
     }
-    for (int64_t r = 0; r < rows; ++r) {
-        const F16 s = broadcast(scales[r] * float(sums[r]));
-        for (int c = 0; c < 2; ++c) {
-            float* at = out + r * stride + 16 * c;
-            store(at, fma(offset[c], s, load(at)));
-        }
-    }
 }
 
-// One column's, or both columns', sums over a group: [rows][columns], from `starts` [rows] on.
-template <int Rows, int All, int Planes, bool Nibbles>
+// One column's, or both columns', sums over a group: [rows][columns], from `factor` times `starts` [rows] on.
+template <class Inputs, int Rows, int All, int Planes, bool Nibbles, bool Fetches, int Columns>
 QUIRE_INLINE void sum_group(int64_t group, const uint8_t* weights, const uint8_t* inputs,
-                            const int32_t* starts, I16 (&sum)[Rows * Planes][kColumns]) {
+                            int64_t ahead, const int32_t* starts, int32_t factor,
+                            I16 (&sum)[Rows * Planes][Columns]) {
     each<Rows>([&](auto r) __attribute__((always_inline)) {
-        for (int c = 0; c < kColumns; ++c) {
-            sum[r * Planes + Planes - 1][c] = broadcast_int(starts[r]);
+        for (int c = 0; c < Columns; ++c) {
+            sum[r * Planes + Planes - 1][c] = broadcast_int(factor * starts[r]);
             if constexpr (Planes == 2) sum[r * 2][c] = broadcast_int(0);
         }
     });
-    constexpr int kLines = Rows * Planes, kAll = All * Planes;
+    constexpr int kAll = All * Planes;
     // Not a loop where it is one round: its sums stay in registers.
-    if (group == 32) return add_fours<kLines, kAll, Nibbles, 8>(weights, inputs, sum);
-    if (group == 64) return add_fours<kLines, kAll, Nibbles, 16>(weights, inputs, sum);
+    if (group == 32) return add_fours<Inputs, 8, kAll, Nibbles, Fetches>(weights, inputs, ahead, sum);
+    if (group == 64) return add_fours<Inputs, 16, kAll, Nibbles, Fetches>(weights, inputs, ahead, sum);
     for (int64_t k = 0; k < group; k += 64) {
-        add_fours<kLines, kAll, Nibbles, 16>(weights, inputs, sum);
+        add_fours<Inputs, 16, kAll, Nibbles, Fetches>(weights, inputs, ahead, sum);
         weights += 128 * (Nibbles ? 8 : 16);
-        inputs += kFourBytes * 16 * kAll;
+        inputs += Inputs::kFourBytes * 16 * kAll;
     }
 }
 
@@ -190,51 +193,70 @@ QUIRE_INLINE void each_block(F f) {
     if constexpr (kCount < kLeft) each_block<Rows, Planes, First + kCount>(f);
 }
 
+// Where a group's products fill many registers, they are one run of instructions, and what is to be
+// fetched is named at its beginning. Elsewhere it is named bit by bit.
+constexpr bool kFetchesByStep = kRegisters < 32;
+
 // The sums of floats stand in `out`: registers hold those of integers.
-template <int Rows, int Planes, bool Nibbles>
-void multiply_integers(const Matrix& w, const uint8_t* tile, const InputTile& x, float* out,
-                       int64_t stride) {
-    static constexpr int32_t kNoStarts[Rows] = {};
+template <class Inputs, int Rows, int Planes, bool Nibbles, bool Fetches>
+QUIRE_INLINE void multiply_groups(const Matrix& w, const uint8_t* tile, const InputTile& x,
+                                  float* out, int64_t stride) {
+    constexpr int kAtOnce = columns_of(Rows * Planes * Inputs::kFourBytes / 4);
     const int64_t group_bytes = w.group / (Nibbles ? 8 : 4) * 128;
     const bool centred = w.offsets == Offsets::none;
+    // Sums of inputs stand there with the factor that takes away what weights are stored too large by.
+    constexpr bool kSigned = kSignedBytes && !Nibbles && std::is_same_v<Inputs, ByteInputs>;
+    const int32_t start_factor = kSigned ? (centred ? 0 : 128) : (centred ? 1 : 0);
     const uint8_t* inputs = x.values;
     const float* scales = x.scales;
     const int32_t* sums = x.sums;
     for (int r = 0; r < Rows; ++r)
         for (int c = 0; c < 2; ++c) store(out + r * stride + 16 * c, broadcast(0.0f));
     for (int64_t g = 0; g < w.inputs; g += w.group, scales += Rows, sums += Rows) {
-        F16 scale[2];
+        F16 scale[2], offset[2];
         for (int c = 0; c < 2; ++c) scale[c] = load_scales(tile + 32 * c, w.bf16_scales);
         tile += 64;
-        const uint8_t* offsets = tile;
-        if (!centred) tile += 64;
-        const int32_t* starts = centred ? sums : kNoStarts;
-        each_columns([&](int column) __attribute__((always_inline)) {
+        if (!centred) {
+            load_offsets(w, tile, scale, offset);
+            tile += 64;
+        }
+        each_columns<kAtOnce>([&](int column) __attribute__((always_inline)) {
             each_block<Rows, Planes>([&]<int First, int Count>() __attribute__((always_inline)) {
-                if (column == 0 && x.ahead) {
+                if (!kFetchesByStep && column == 0 && x.ahead) {
                     const uint8_t* end = tile + x.ahead + group_bytes * (First + Count) / Rows;
                     for (auto at = tile + x.ahead + group_bytes * First / Rows; at < end; at += 64)
                         __builtin_prefetch(at);
                 }
-                I16 sum[Count * Planes][kColumns];
-                sum_group<Count, Rows, Planes, Nibbles>(
-                    w.group, tile + 64 * column, inputs + kFourBytes * First * Planes,
-                    starts + First, sum);
+                I16 sum[Count * Planes][kAtOnce];
+                sum_group<Inputs, Count, Rows, Planes, Nibbles, Fetches>(
+                    w.group, tile + 64 * column, inputs + Inputs::kFourBytes * First * Planes,
+                    x.ahead, sums + First, start_factor, sum);
                 each<Count>([&](auto r) __attribute__((always_inline)) {
                     const F16 s = broadcast(scales[First + r]);
-                    for (int c = 0; c < kColumns; ++c) {
+                    const F16 of = broadcast(scales[First + r] * float(sums[First + r]));
+                    for (int c = 0; c < kAtOnce; ++c) {
                         I16 all = sum[r * Planes + Planes - 1][c];
                         if constexpr (Planes == 2) all = all + shift_left<8>(sum[r * 2][c]);
                         float* at = out + (First + r) * stride + 16 * (column + c);
-                        store(at, fma(to_float(all), scale[column + c] * s, load(at)));
+                        F16 total = fma(to_float(all), scale[column + c] * s, load(at));
+                        if (!centred) total = fma(offset[column + c], of, total);
+                        store(at, total);
                     }
                 });
             });
         });
-        if (!centred) add_offsets(w, offsets, scale, Rows, scales, sums, out, stride);
         tile += group_bytes;
-        inputs += w.group / 4 * kFourBytes * Rows * Planes;
+        inputs += w.group / 4 * Inputs::kFourBytes * Rows * Planes;
     }
+}
+
+template <class Inputs, int Rows, int Planes, bool Nibbles>
+void multiply_integers(const Matrix& w, const uint8_t* tile, const InputTile& x, float* out,
+                       int64_t stride) {
+    if (kFetchesByStep && x.ahead)
+        multiply_groups<Inputs, Rows, Planes, Nibbles, kFetchesByStep>(w, tile, x, out, stride);
+    else
+        multiply_groups<Inputs, Rows, Planes, Nibbles, false>(w, tile, x, out, stride);
 }
 
 using Multiply = void (*)(const Matrix&, const uint8_t*, const InputTile&, float*, int64_t);
@@ -265,16 +287,16 @@ struct Table {
 template <int Rows> struct F32Rows { static constexpr Multiply value = multiply_f32<Rows>; };
 template <int Rows> struct Bf16Rows { static constexpr Multiply value = multiply_bf16<Rows>; };
 template <int Rows> struct Int8Rows {
-    static constexpr Multiply value = multiply_integers<Rows, 1, false>;
+    static constexpr Multiply value = multiply_integers<ByteInputs, Rows, 1, false>;
 };
 template <int Rows> struct Int8WideRows {
-    static constexpr Multiply value = multiply_integers<Rows, kPlanes16, false>;
+    static constexpr Multiply value = multiply_integers<WideInputs, Rows, kPlanes16, false>;
 };
 template <int Rows> struct Int4Rows {
-    static constexpr Multiply value = multiply_integers<Rows, 1, true>;
+    static constexpr Multiply value = multiply_integers<ByteInputs, Rows, 1, true>;
 };
 template <int Rows> struct Int4WideRows {
-    static constexpr Multiply value = multiply_integers<Rows, kPlanes16, true>;
+    static constexpr Multiply value = multiply_integers<WideInputs, Rows, kPlanes16, true>;
 };
 
 constexpr Table<F32Rows, kTileRows> kF32;

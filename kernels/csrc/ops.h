@@ -43,7 +43,6 @@ constexpr int64_t bytes_per_input(InputFormat format) {
     constexpr int64_t bytes[] = {4, 2, 1, 2};
     return bytes[int(format)];
 }
-constexpr int64_t kMostBytesPerInteger = 2;  // some instruction sets multiply no bytes
 // Matrix tiles take 16 rows where fewer are left, and leave out what comes of the others.
 constexpr int64_t kReadBeyondInputs = 16 * 128;
 
@@ -73,7 +72,7 @@ struct Matrix {
 // weights together (the last one has what is left). A few inputs of each row of a tile in turn:
 //   f32    [inputs][rows];        bf16    [inputs / 2][rows][2]
 //   int8   [inputs / 4][rows][4]; int16   [inputs / 4][rows][high, low][4], 256 high + low
-//   or, where products do not take bytes, both [inputs / 4][rows][4] of 16 bits
+//   or, where products take 16 bits, int16 [inputs / 4][rows][4]
 //   or, in matrix tiles, [inputs / group][rows][group] and [inputs / group][high, low][rows][group]
 // While they are multiplied, the weights `ahead` bytes further on are fetched, if that is not 0.
 // Integers have a scale and `sum_factor` times their sum per group and row of a tile,

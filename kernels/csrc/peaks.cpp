@@ -38,31 +38,43 @@ double since(Clock::time_point start) {
 #if defined(__x86_64__)
 
 // Products of operands that stay in registers, added to kChains sums by turns. The compiler must not
-// see that all sums are equal: it would make one of them. A macro, because a function with a target
+// see that all sums or products are equal: it would make one of them; nor begin products before their
+// turn, or keep sums in an array: they would not stay in registers. A macro, because a function with a target
 // is not inlined into one without it.
-#define QUIRE_LOOP(name, features, Vector, operand, multiply_add)            \
-    __attribute__((target(features))) void name(int64_t rounds) {            \
-        Vector sums[kChains] = {};                                           \
-        const Vector a = operand;                                            \
-        for (Vector& sum : sums) asm volatile("" : "+v"(sum));               \
-        for (; rounds > 0; --rounds)                                         \
-            for (Vector& sum : sums) sum = multiply_add;                     \
-        for (int i = 1; i < kChains; ++i) sums[0] = sums[0] + sums[i];       \
-        asm volatile("" : : "x"(sums[0]));                                   \
+#define QUIRE_TWELVE(f) f(s0) f(s1) f(s2) f(s3) f(s4) f(s5) f(s6) f(s7) f(s8) f(s9) f(s10) f(s11)
+#define QUIRE_OPAQUE(s) asm volatile("" : "+v"(s));
+#define QUIRE_ADD(s) s0 = s0 + s;
+#define QUIRE_LOOP(name, features, Vector, operand, multiply_add)                        \
+    __attribute__((target(features))) void name(int64_t rounds) {                        \
+        Vector s0{}, s1{}, s2{}, s3{}, s4{}, s5{}, s6{}, s7{}, s8{}, s9{}, s10{}, s11{}; \
+        Vector a = operand;                                                              \
+        QUIRE_TWELVE(QUIRE_OPAQUE)                                                       \
+        for (; rounds > 0; --rounds) {                                                   \
+            QUIRE_TWELVE(multiply_add)                                                   \
+        }                                                                                \
+        QUIRE_TWELVE(QUIRE_ADD)                                                          \
+        asm volatile("" : : "x"(s0));                                                    \
     }
+#define QUIRE_PRODUCT(s, product) \
+    QUIRE_OPAQUE(a)               \
+    s = product;                  \
+    QUIRE_OPAQUE(s)
 
-QUIRE_LOOP(int8_avx512_vnni, "avx512f,avx512vnni", __m512i, _mm512_set1_epi8(1),
-           _mm512_dpbusd_epi32(sum, a, a))
-QUIRE_LOOP(int8_avx_vnni, "avx2,avxvnni", __m256i, _mm256_set1_epi8(1),
-           _mm256_dpbusd_avx_epi32(sum, a, a))
-QUIRE_LOOP(int8_avx512bw, "avx512f,avx512bw", __m512i, _mm512_set1_epi16(1),
-           _mm512_add_epi32(sum, _mm512_madd_epi16(a, sum)))
-QUIRE_LOOP(int8_avx2, "avx2", __m256i, _mm256_set1_epi16(1),
-           _mm256_add_epi32(sum, _mm256_madd_epi16(a, sum)))
-QUIRE_LOOP(bf16_avx512, "avx512f,avx512bf16", __m512, _mm512_set1_ps(1e-3f),
-           _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)a))
-QUIRE_LOOP(fp32_avx512, "avx512f", __m512, _mm512_set1_ps(1e-3f), _mm512_fmadd_ps(sum, a, a))
-QUIRE_LOOP(fp32_fma, "avx2,fma", __m256, _mm256_set1_ps(1e-3f), _mm256_fmadd_ps(sum, a, a))
+#define QUIRE_DPBUSD_512(s) QUIRE_PRODUCT(s, _mm512_dpbusd_epi32(s, a, a))
+#define QUIRE_DPBUSD_256(s) QUIRE_PRODUCT(s, _mm256_dpbusd_avx_epi32(s, a, a))
+#define QUIRE_MADD_512(s) QUIRE_PRODUCT(s, _mm512_add_epi32(s, _mm512_madd_epi16(a, a)))
+#define QUIRE_MADD_256(s) QUIRE_PRODUCT(s, _mm256_add_epi32(s, _mm256_madd_epi16(a, a)))
+#define QUIRE_DPBF16(s) QUIRE_PRODUCT(s, _mm512_dpbf16_ps(s, (__m512bh)a, (__m512bh)a))
+#define QUIRE_FMA_512(s) QUIRE_PRODUCT(s, _mm512_fmadd_ps(s, a, a))
+#define QUIRE_FMA_256(s) QUIRE_PRODUCT(s, _mm256_fmadd_ps(s, a, a))
+
+QUIRE_LOOP(int8_avx512_vnni, "avx512f,avx512vnni", __m512i, _mm512_set1_epi8(1), QUIRE_DPBUSD_512)
+QUIRE_LOOP(int8_avx_vnni, "avx2,avxvnni", __m256i, _mm256_set1_epi8(1), QUIRE_DPBUSD_256)
+QUIRE_LOOP(int8_avx512bw, "avx512f,avx512bw", __m512i, _mm512_set1_epi16(1), QUIRE_MADD_512)
+QUIRE_LOOP(int8_avx2, "avx2", __m256i, _mm256_set1_epi16(1), QUIRE_MADD_256)
+QUIRE_LOOP(bf16_avx512, "avx512f,avx512bf16", __m512, _mm512_set1_ps(1e-3f), QUIRE_DPBF16)
+QUIRE_LOOP(fp32_avx512, "avx512f", __m512, _mm512_set1_ps(1e-3f), QUIRE_FMA_512)
+QUIRE_LOOP(fp32_fma, "avx2,fma", __m256, _mm256_set1_ps(1e-3f), QUIRE_FMA_256)
 
 #undef QUIRE_LOOP
 
