@@ -118,6 +118,7 @@ class EngineCore:
         self.settings = settings
         self.layout = model.spec.page_layout(settings.page_size)
         self.fingerprint = fingerprint_of(model, settings.page_size)
+        self._token_kv_bytes = self.layout.token_bytes
         self.memory = memory or PageMemory(self.layout, settings.num_pages)
         self.pool = PagePool(settings.num_pages, settings.page_size, clock, self.memory.generations)
         self.progress = LayerProgress(self.memory.groups.layers_per_group)
@@ -241,9 +242,9 @@ class EngineCore:
     ) -> dict[str, Found]:
         """Of each sequence's last rows, if wanted, their logits ``[rows, vocab_size]`` or, if that
         is enough for all of them, the ids of the largest; or why there are none."""
-        wanted = [row for row in rows if row.wants_logits]
         best_only = not any(
-            self._generations[row.name].needs_logits(row.num_logits) for row in wanted
+            row.wants_logits and self._generations[row.name].needs_logits(row.num_logits)
+            for row in rows
         )
         width = 0 if self.speculator is None else self.speculator.hidden_width
         batch = ragged_batch(rows, best_only, progress, width)
@@ -256,13 +257,14 @@ class EngineCore:
             log.warning("step failed; running its %d sequences one by one", len(rows))
             return {row.name: self._forward([row])[row.name] for row in rows}
         each = result.tolist() if best_only else result.numpy()
-        found: dict[str, Found] = dict.fromkeys((row.name for row in rows), None)
+        found: dict[str, Found] = {}
         first = 0
-        for row in wanted:
-            found[row.name] = each[first : first + row.num_logits]
-            if batch.hidden is not None:
-                self._hidden[row.name] = batch.hidden[first : first + row.num_logits]
-            first += row.num_logits
+        for row in rows:
+            last = first + row.num_logits
+            found[row.name] = each[first:last] if row.wants_logits else None
+            if batch.hidden is not None and row.wants_logits:
+                self._hidden[row.name] = batch.hidden[first:last]
+            first = last
         return found
 
     def _choose(
@@ -356,9 +358,11 @@ class EngineCore:
         for reservation in plan.reservations:
             generations = tuple(self.pool.ledger[slot].generation for slot in reservation.slots)
             self._outputs.append(Reserved(reservation, generations))
-        self._publish_pages(plan.finished_pages, base=-self.layout.num_layers)
-        self._clear_tails(plan.coming_pages)
-        self._publish_pages(plan.coming_pages, base=self.progress.num_done)
+        if plan.finished_pages:
+            self._publish_pages(plan.finished_pages, base=-self.layout.num_layers)
+        if plan.coming_pages:
+            self._clear_tails(plan.coming_pages)
+            self._publish_pages(plan.coming_pages, base=self.progress.num_done)
         self._outputs += [Prefilled(name) for name in plan.prefilled]
         self._outputs += [Preempted(name) for name in plan.preempted]
         for grant in plan.grants:
@@ -401,13 +405,16 @@ class EngineCore:
         return PageIdentity(reference, page.page_index, page.num_tokens)
 
     def _stats(self, rows: Sequence[PlannedRows], elapsed_ns: int) -> StepStats:
-        context = sum(row.start + len(row.tokens) for row in rows)
-        num_rows = sum(len(row.tokens) for row in rows)
+        context = num_rows = num_logits = 0
+        for row in rows:
+            num_rows += len(row.tokens)
+            num_logits += row.num_logits
+            context += row.start + len(row.tokens)
         return StepStats(
             steps=1,
             step_rows=num_rows,
-            prompt_rows=num_rows - sum(row.num_logits for row in rows),
-            step_bytes=self.model.spec.weight_bytes + context * self.layout.token_bytes,
+            prompt_rows=num_rows - num_logits,
+            step_bytes=self.model.spec.weight_bytes + context * self._token_kv_bytes,
             step_time=elapsed_ns / 1e9,
         )
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from engine.audit import Holders
@@ -130,8 +129,10 @@ class Scheduler:
     def plan(self, events: Iterable[Event]) -> StepPlan:
         """Takes the events in, then says what the next step runs."""
         for event in events:
-            with self._guarded(event):
+            try:
                 self._take(event)
+            except PageViolation as violation:
+                self._blame(getattr(event, "name", ""), violation)
         preempted = self._grow()
         admitted = self._admit()
         rows, coming = self._plan_rows()
@@ -158,11 +159,11 @@ class Scheduler:
             if outcome is None:
                 self._drop(rows.name)
                 continue
-            with self._guarded(rows):
-                sequence = self._sequences[rows.name]
+            sequence = self._sequences[rows.name]
+            try:
                 sequence.take(len(rows.tokens) - rows.num_drafts, outcome.token_ids)
                 self._seal_full_pages(sequence)
-                if sequence.has_prompt:
+                if self._followers and sequence.has_prompt:
                     self._wake_followers(sequence.name)
                 if sequence.goal is Goal.PREFILL and sequence.num_remaining == 0:
                     self._end_prefill(sequence)
@@ -171,6 +172,8 @@ class Scheduler:
                     self._drop(rows.name)
                 elif rows.num_drafts:
                     self._trim(sequence)
+            except PageViolation as violation:
+                self._blame(rows.name, violation)
         return StepEffects(tuple(prefilled), self._take_faults())
 
     # -- events
@@ -229,15 +232,10 @@ class Scheduler:
 
     # -- leaving
 
-    @contextmanager
-    def _guarded(self, concerned: Event | PlannedRows | Sequence) -> Iterator[None]:
+    def _blame(self, name: str, violation: PageViolation) -> None:
         """A page violation ends the sequence concerned, not the service (law 5)."""
-        try:
-            yield
-        except PageViolation as violation:
-            name = getattr(concerned, "name", "")
-            self._faults.append(Fault(name, str(violation)))
-            self._drop(name)
+        self._faults.append(Fault(name, str(violation)))
+        self._drop(name)
 
     def _take_faults(self) -> tuple[Fault, ...]:
         faults, self._faults = self._faults, []
@@ -307,25 +305,22 @@ class Scheduler:
         preempted ones, youngest first."""
         preempted: list[str] = []
         for name in list(self._running):
-            if name in preempted:
-                continue
             sequence = self._sequences[name]
-            with self._guarded(sequence):
-                while not self._fit(sequence):
+            missing = self.pool.pages_for(sequence.num_wanted) - len(sequence.pages)
+            if missing <= 0 or name in preempted:
+                continue
+            try:
+                while (slots := self.pool.allocate(missing, name)) is None:
                     victim = self._running[-1]
                     self._preempt(victim)
                     preempted.append(victim)
                     if victim == name:
                         break
+                else:
+                    sequence.pages += slots
+            except PageViolation as violation:
+                self._blame(name, violation)
         return preempted
-
-    def _fit(self, sequence: Sequence) -> bool:
-        missing = self.pool.pages_for(sequence.num_wanted) - len(sequence.pages)
-        slots = self.pool.allocate(max(missing, 0), sequence.name)
-        if slots is None:
-            return False
-        sequence.pages += slots
-        return True
 
     def _trim(self, sequence: Sequence) -> None:
         """Gives back the pages that only rejected drafts needed."""
@@ -354,6 +349,9 @@ class Scheduler:
         budget = self.limits.max_step_tokens
         decoding = False
         running = [self._sequences[name] for name in self._running]
+        if all(sequence.num_remaining == 1 for sequence in running):
+            yield from ((name, 1) for name in self._running)
+            return
         running.sort(key=lambda sequence: sequence.num_remaining)
         for position, sequence in enumerate(running):
             if decoding and sequence.num_remaining > 1:
@@ -376,11 +374,13 @@ class Scheduler:
             self._waiting and len(self._running) + len(self._reserved) < self.limits.max_sequences
         ):
             sequence = self._sequences[self._waiting[0]]
-            with self._guarded(sequence):
+            try:
                 if not self._give_pages(sequence):
                     break
                 self._waiting.popleft()
                 self._start(sequence, admitted)
+            except PageViolation as violation:
+                self._blame(sequence.name, violation)
         return admitted
 
     def _start(self, sequence: Sequence, admitted: _Admitted) -> None:
@@ -506,8 +506,11 @@ class Scheduler:
         for name, count in shares:
             each = self._rows(name, count, left)
             left -= each.num_drafts
-            with self._guarded(each):
+            try:
                 coming += self._announce_coming(each)
+            except PageViolation as violation:
+                self._blame(name, violation)
+            else:
                 rows.append(each)
         return rows, coming
 
@@ -521,15 +524,17 @@ class Scheduler:
             needed += self.pool.pages_for(self._sequences[self._waiting[0]].num_wanted)
         grants = []
         for event in self._lending.take_asked():
-            with self._guarded(event):
+            try:
                 grants.append(self._lending.grant(event, needed))
+            except PageViolation as violation:
+                self._blame(event.name, violation)
         return tuple(grants)
 
     def _rows(self, name: str, count: int, most_drafts: int) -> PlannedRows:
         sequence = self._sequences[name]
         start = sequence.num_computed
         end = start + count
-        drafts = self._drafts_of(sequence, most_drafts)
+        drafts = self._drafts_of(sequence, most_drafts) if self._drafts else ()
         return PlannedRows(
             name=name,
             start=start,

@@ -35,6 +35,7 @@ class TextStream:
         self._stops = stops
         self._include_stop = include_stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._in_character = False
         self._held = ""
         self.matched: str | None = None
 
@@ -45,9 +46,9 @@ class TextStream:
         """
         assert self.matched is None, "the text has ended"
         if not self._stops:
-            return self._decoder.decode(piece)
+            return self._decode(piece)
         num_held = len(self._held)
-        self._held += self._decoder.decode(piece)
+        self._held += self._decode(piece)
         match = self._find_stop(num_held) if may_stop else None
         if match is None:
             return self._release(len(self._held) - self._num_waiting())
@@ -58,6 +59,13 @@ class TextStream:
         """The rest of a text that ends without a stop string; it is not searched for one."""
         self._held += self._decoder.decode(b"", final=True)
         return self._release(len(self._held))
+
+    def _decode(self, piece: bytes) -> str:
+        if not self._in_character and piece.isascii():
+            return piece.decode()
+        text = self._decoder.decode(piece)
+        self._in_character = bool(self._decoder.getstate()[0])
+        return text
 
     def _release(self, num_characters: int) -> str:
         text, self._held = self._held[:num_characters], self._held[num_characters:]

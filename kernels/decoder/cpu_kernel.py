@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kernels import _native
 from kernels.decoder import Decoder, DecoderWeights, DraftRows, Int64
@@ -27,6 +28,7 @@ class NativeDecoder:
         native.states = None if weights.states is None else _native_form(weights.states)
         native.width = weights.width
         self._decoder = _native.Decoder(native)
+        self._seen: tuple[torch.Tensor, NDArray[np.uint8]] | None = None
 
     def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
         layout.check_lanes()
@@ -41,7 +43,7 @@ class NativeDecoder:
             batch.positions,
             batch.query_starts,
             batch.page_tables,
-            kv.numpy(),
+            self._array(kv),
             layout.kv_dtype,
             layout.page_size,
             batch.logit_rows,
@@ -62,7 +64,7 @@ class NativeDecoder:
             rows.states.copy(),
             rows.positions.copy(),
             rows.tables,
-            kv.numpy(),
+            self._array(kv),
             layout.kv_dtype,
             layout.page_size,
             lengths,
@@ -70,6 +72,12 @@ class NativeDecoder:
             drafts,
         )
         return drafts
+
+    def _array(self, kv: torch.Tensor) -> NDArray[np.uint8]:
+        """The pool for numpy, which is the same at nearly every step."""
+        if self._seen is None or self._seen[0] is not kv:
+            self._seen = kv, kv.numpy()
+        return self._seen[1]
 
 
 def _told(progress: LayerProgress | None) -> tuple[torch.Tensor | None, int, int]:
