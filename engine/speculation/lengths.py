@@ -76,23 +76,30 @@ class StepTimes:
         share = (num_rows - rows[after - 1]) / (rows[after] - rows[after - 1])
         return seconds[after - 1] + share * (seconds[after] - seconds[after - 1]) + self._extra
 
-    def up_to(self, num_rows: int) -> list[float]:
-        """``seconds`` of 0, 1, ... and so many rows; of none, those of one."""
-        return [self.seconds(number) for number in range(num_rows + 1)]
-
     def learn(self, num_rows: int, seconds: float) -> None:
         """A step took that long. All numbers move, as contexts grow and machines get busy; and the
         nearest once more: between two drafts a step takes longer than the measurement's."""
         known = self.seconds(num_rows)
         error = min(seconds, 2 * known) - known  # the machine may have been elsewhere
-        nearest = min(range(len(self._rows)), key=lambda at: abs(self._rows[at] - num_rows))
+        nearest = self._nearest(num_rows)
         self._own[nearest] += _OWN_STEP * error
         self._update()
         self._extra += _STEP * error
         self._extra = max(self._extra, -0.9 * self._seconds[0])
 
+    def _nearest(self, num_rows: int) -> int:
+        rows = self._rows
+        after = min(bisect_left(rows, num_rows), len(rows) - 1)
+        return after - (after > 0 and num_rows - rows[after - 1] <= rows[after] - num_rows)
+
     def _update(self) -> None:
         self._seconds = list(accumulate(reversed(self._own), min))[::-1]
+
+
+def _expected(rate: float, most: int) -> float:
+    """Of so many drafts in a row, each right with this chance if those before it were, how many are
+    right."""
+    return float(most) if rate >= 1 else rate * (1 - rate**most) / (1 - rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +125,8 @@ def best_lengths(
     """
     lengths, best = [0] * len(rates), [0] * len(rates)
     tokens = float(num_tokens)
-    seconds_of = times.up_to(num_rows + sum(most))
-    without = seconds_of[num_rows] / tokens
+    most_tokens = tokens + sum(map(_expected, rates, most))
+    without = times.seconds(num_rows) / tokens
     least = (1 - _LEAST_GAIN) * without
     gains = [(-rate, index) for index, rate in enumerate(rates) if most[index] > 0]
     heapq.heapify(gains)
@@ -130,9 +137,11 @@ def best_lengths(
         longest = max(longest, lengths[index])
         rows += 1
         tokens -= gain
-        seconds = (seconds_of[rows] + draft_s(longest)) / tokens
-        if seconds < least:
-            least = seconds
+        took = times.seconds(rows) + draft_s(longest)
+        if took >= least * most_tokens:  # nor would more rows be, whatever they brought
+            break
+        if took < least * tokens:
+            least = took / tokens
             best = lengths.copy()
         if lengths[index] < most[index] and -gain * rates[index] > _LEAST_CHANCE:
             heapq.heappush(gains, (gain * rates[index], index))

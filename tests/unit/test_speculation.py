@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from random import Random
 
 import pytest
 
@@ -59,10 +60,34 @@ def test_drafts_that_hardly_gain_anything_are_not_made() -> None:
     assert best_lengths([0.05], [5], 1, 1, FLAT).each != [0]
 
 
-def test_a_table_of_times_has_what_is_asked_for_one_by_one() -> None:
-    times = StepTimes({2: 1.0, 4: 2.0})
-    times.learn(3, 5.0)
-    assert times.up_to(9) == pytest.approx([times.seconds(rows) for rows in range(10)])
+@pytest.mark.parametrize("seed", range(40))
+def test_no_other_number_of_drafts_brings_more_tokens_per_second(seed: int) -> None:
+    random = Random(seed)
+    rates = [random.random() for _ in range(random.randint(1, 6))]
+    most = [random.randint(0, 8) for _ in rates]
+    times = StepTimes({rows: random.uniform(1, 1 + rows / 4) for rows in (1, 2, 4, 8, 16, 64)})
+    num_rows = len(rates) + random.randint(0, 5)
+    draft_s = random.choice([0.0, 0.05])
+
+    gains = sorted(
+        (-(rate ** (at + 1)), index, at)
+        for index, (rate, number) in enumerate(zip(rates, most, strict=True))
+        for at in range(number)
+        if at == 0 or rate ** (at + 1) > 0.02  # others are not worth looking at
+    )
+    tokens, without = float(len(rates)), times.seconds(num_rows) / len(rates)
+    rated = [without]
+    for drafts, (gain, _, _) in enumerate(gains, start=1):
+        tokens -= gain
+        longest = 1 + max(at for _, _, at in gains[:drafts])
+        rated.append((times.seconds(num_rows + drafts) + longest * draft_s) / tokens)
+    found = best_lengths(
+        rates, most, len(rates), num_rows, times, draft_s=lambda longest: longest * draft_s
+    )
+    if min(rated) < 0.97 * without:
+        assert rated[sum(found.each)] == pytest.approx(min(rated))
+    else:
+        assert not any(found.each)
 
 
 def test_times_follow_the_steps() -> None:
