@@ -4,9 +4,9 @@ could be told, come from another's."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from engine.speculation.suffix_automaton import Reader, SuffixAutomaton
+from kernels.suffix_automaton import SuffixAutomaton, suffix_automaton
 
 END = -1
 """Stands behind every output; no token."""
@@ -22,20 +22,14 @@ class PastOutputs:
     def __init__(self) -> None:
         self._texts: OrderedDict[str, list[SuffixAutomaton]] = OrderedDict()
 
-    def readers(self, tenant: str) -> list[Reader]:
-        return [Reader(text) for text in self._texts.get(tenant, ())]
+    def texts(self, tenant: str) -> list[SuffixAutomaton]:
+        return [*self._texts.get(tenant, ())]
 
     def add(self, tenant: str, tokens: Sequence[int]) -> None:
-        texts = self._texts.setdefault(tenant, [SuffixAutomaton()])
+        texts = self._texts.setdefault(tenant, [suffix_automaton()])
         self._texts.move_to_end(tenant)
         if len(self._texts) > MOST_TENANTS:
             self._texts.popitem(last=False)
-        if len(texts[-1].tokens) >= MOST_TOKENS:
-            texts[:] = [texts[-1], SuffixAutomaton()]
-        _append(texts[-1], tokens[:MOST_TOKENS])
-
-
-def _append(text: SuffixAutomaton, tokens: Iterable[int]) -> None:
-    for token in tokens:
-        text.append(token)
-    text.append(END)
+        if len(texts[-1]) >= MOST_TOKENS:
+            texts[:] = [texts[-1], suffix_automaton()]
+        texts[-1].append([*tokens[:MOST_TOKENS], END])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from engine.speculation.past_outputs import END, PastOutputs
 from engine.speculation.proposer import Draft, Floats
-from engine.speculation.suffix_automaton import Match, Reader, SuffixAutomaton
+from kernels.suffix_automaton import Match, Reader, SuffixAutomaton, suffix_automaton
 
 # Chances that a match of so many tokens goes on as it did before, until they are counted.
 PROMISES = (0.0, 0.1, 0.4, 0.6, 0.8)
@@ -42,21 +42,19 @@ class PromptLookup:
         self._own_rates, self._past_rates = _Rates(), _Rates()
 
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
-        readers = () if self._past is None else self._past.readers(tenant)
-        text = self._texts[name] = _Text(tenant, SuffixAutomaton(), tuple(readers), len(tokens))
-        for token in tokens:
-            text.own.append(token)
-        for token in tokens[-_READ_OF_PROMPT:]:
-            text.read(token)
+        past = () if self._past is None else self._past.texts(tenant)
+        readers = tuple((each, each.reader()) for each in past)
+        text = self._texts[name] = _Text(tenant, suffix_automaton(), readers, len(tokens))
+        text.own.append(tokens)
+        text.read(tokens[-_READ_OF_PROMPT:])
 
     def extend(self, name: str, tokens: Sequence[int], hidden: Floats | None = None) -> None:
         text = self._texts[name]
-        for number, token in enumerate(tokens):
-            if number < _COUNTED:
-                for source, match, rates in self._matches(text):
-                    rates.count(match.length, source.tokens[match.after] == token)
-            text.own.append(token)
-            text.read(token)
+        for token in tokens[:_COUNTED]:
+            for source, match, rates in self._matches(text):
+                rates.count(match.length, source.tokens(match.after, match.after + 1) == [token])
+            text.take((token,))
+        text.take(tokens[_COUNTED:])
 
     def propose(self, most: Mapping[str, int]) -> Mapping[str, Draft]:
         return {name: self._draft(self._texts[name], number) for name, number in most.items()}
@@ -64,7 +62,7 @@ class PromptLookup:
     def forget(self, name: str) -> None:
         text = self._texts.pop(name, None)
         if text is not None and self._past is not None:
-            self._past.add(text.tenant, text.own.tokens[text.num_given :])
+            self._past.add(text.tenant, text.own.tokens(text.num_given, len(text.own)))
 
     def start_s(self, name: str) -> float:
         return 0.0
@@ -82,12 +80,15 @@ class PromptLookup:
 
     def _matches(self, text: _Text) -> Iterator[tuple[SuffixAutomaton, Match, _Rates]]:
         """Those that go on."""
-        if text.own.repeat.length >= SHORTEST:
-            yield text.own, text.own.repeat, self._own_rates
-        for reader in text.readers:
-            match = reader.match
-            if match.length >= SHORTEST and reader.automaton.tokens[match.after] != END:
-                yield reader.automaton, match, self._past_rates
+        match = Match(*text.own.repeat)
+        if match.length >= SHORTEST:
+            yield text.own, match, self._own_rates
+        for source, reader in text.readers:
+            match = Match(*reader.match)
+            if match.length < SHORTEST:
+                continue
+            if source.tokens(match.after, match.after + 1) != [END]:
+                yield source, match, self._past_rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +97,16 @@ class _Text:
 
     tenant: str
     own: SuffixAutomaton
-    readers: tuple[Reader, ...]
+    readers: tuple[tuple[SuffixAutomaton, Reader], ...]
     num_given: int
 
-    def read(self, token: int) -> None:
-        for reader in self.readers:
-            reader.read(token)
+    def take(self, tokens: Sequence[int]) -> None:
+        self.own.append(tokens)
+        self.read(tokens)
+
+    def read(self, tokens: Sequence[int]) -> None:
+        for _, reader in self.readers:
+            reader.read(tokens)
 
 
 class _Rates:
@@ -125,8 +130,8 @@ class _Rates:
 def _copied(source: SuffixAutomaton, at: int, most: int) -> tuple[int, ...]:
     """From position ``at`` on, to the end of an output; past the end of a text that is still being
     written it goes on with what it copied."""
-    copied = source.tokens[at : at + most].tolist()
-    period = len(source.tokens) - at
+    copied = source.tokens(at, at + most)
+    period = len(source) - at
     while len(copied) < most:
         copied.append(copied[len(copied) - period])
     return tuple(copied[: copied.index(END)] if END in copied else copied)

@@ -50,6 +50,7 @@ NB_MODULE(_native, m) {
     quire::bind_decoder(m);
     quire::bind_peaks(m);
     quire::bind_sample(m);
+    quire::bind_suffix_automaton(m);
     m.def("rms_norm", quire::rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a);
     m.def("silu_mul", quire::silu_mul, "gate"_a, "up"_a, "out"_a);
     m.def("isa", [] { return quire::current_isa().name; });

@@ -9,5 +9,6 @@ void bind_attention(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);
 void bind_peaks(nanobind::module_& m);
 void bind_sample(nanobind::module_& m);
+void bind_suffix_automaton(nanobind::module_& m);
 
 }  // namespace quire

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 # They take no array, or keep it for the ops that read it.
 WITHOUT_ARRAYS = {
     "Matrix",
+    "SuffixAutomaton",
+    "SuffixReader",
     "fetch_ahead",
     "isa",
     "make_matrix",

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import random
-import tracemalloc
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from engine.speculation.past_outputs import MOST_TENANTS, MOST_TOKENS, PastOutputs
 from engine.speculation.prompt_lookup import PromptLookup
 from engine.speculation.proposer import Draft
-from engine.speculation.suffix_automaton import Reader, SuffixAutomaton
 
 
 def lookup_of(tokens: Sequence[int], past: PastOutputs | None = None) -> PromptLookup:
@@ -26,65 +20,6 @@ def lookup_of(tokens: Sequence[int], past: PastOutputs | None = None) -> PromptL
 
 def draft_after(tokens: Sequence[int], most: int = 4) -> Draft:
     return lookup_of(tokens).propose({"a": most})["a"]
-
-
-# -- the longest match
-
-TEXTS = st.integers(1, 5).flatmap(lambda most: st.lists(st.integers(0, most), max_size=40))
-
-
-def longest_suffix_in(text: list[int], of: list[int]) -> int:
-    """How many of the last tokens of ``of`` stand in ``text`` somewhere."""
-    return max(
-        length
-        for length in range(len(of) + 1)
-        if not length
-        or any(text[at : at + length] == of[-length:] for at in range(len(text) - length + 1))
-    )
-
-
-@given(TEXTS)
-def test_the_longest_suffix_that_stood_before_is_found(text: list[int]) -> None:
-    automaton = SuffixAutomaton()
-    for number, token in enumerate(text, start=1):
-        automaton.append(token)
-        length, after = automaton.repeat.length, automaton.repeat.after
-        assert length == longest_suffix_in(text[: number - 1], text[:number])
-        if length:
-            assert after < number
-            assert text[after - length : after] == text[number - length : number]
-
-
-@given(TEXTS, TEXTS, TEXTS)
-def test_another_text_is_followed_while_the_first_one_grows(
-    text: list[int], more: list[int], other: list[int]
-) -> None:
-    automaton = SuffixAutomaton()
-    for token in text:
-        automaton.append(token)
-    reader = Reader(automaton)
-    for number, token in enumerate(other, start=1):
-        reader.read(token)
-        assert reader.match.length == longest_suffix_in(text, other[:number])
-    for added, token in zip_longest(more, other, fillvalue=0):
-        automaton.append(added)
-        reader.read(token)
-        match, whole = reader.match, automaton.tokens.tolist()
-        read = [*other, *other, *[0] * len(more)][: len(other) + len(whole) - len(text)]
-        if match.length:
-            assert whole[match.after - match.length : match.after] == read[-match.length :]
-
-
-def test_a_text_takes_less_than_250_bytes_a_token() -> None:
-    rng = random.Random(1)
-    tokens = [min(int(rng.paretovariate(0.7)), 40_000) for _ in range(8000)]
-    tracemalloc.start()
-    automaton = SuffixAutomaton()
-    for token in tokens:
-        automaton.append(token)
-    taken, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert taken < 250 * len(tokens)
 
 
 # -- prompt lookup
@@ -167,8 +102,8 @@ def test_old_outputs_and_tenants_not_heard_of_are_forgotten() -> None:
     past = past_outputs(one=[1, 2, 3])
     for _ in range(3):
         past.add("one", range(MOST_TOKENS))
-    assert [len(reader.automaton.tokens) for reader in past.readers("one")] == [MOST_TOKENS + 1] * 2
+    assert [*map(len, past.texts("one"))] == [MOST_TOKENS + 1] * 2
     for number in range(MOST_TENANTS):
         past.add(f"other {number}", [1, 2])
-    assert not past.readers("one")
-    assert past.readers("other 0")
+    assert not past.texts("one")
+    assert past.texts("other 0")

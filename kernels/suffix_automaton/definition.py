@@ -1,32 +1,19 @@
-"""Every run of tokens of a growing text, and where each stood last.
-
-The suffix automaton (Blumer et al., 1985, "The smallest automaton recognizing the subwords of a
-text"; online construction). A state stands for all runs that end at the same positions; its link
-leads to that of its longest shorter suffix. Appending a token takes constant time on average, and
-the state of the whole text's link is the longest suffix that stood before: the longest match.
-"""
-
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from collections.abc import Sequence
+
+from kernels.suffix_automaton import Match
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
-    """The last ``length`` tokens of a text stand in the automaton's text too, which goes on at
-    position ``after``."""
-
-    length: int = 0
-    after: int = 0
+def suffix_automaton() -> PlainAutomaton:
+    return PlainAutomaton()
 
 
-class SuffixAutomaton:
-    """``tokens`` may be any integers of 32 bits."""
-
+class PlainAutomaton:
     def __init__(self) -> None:
-        self.tokens = array("i")
-        self.repeat = Match()  # the longest suffix of the text that stood in it before
+        self._text = array("i")
+        self.repeat = Match()
         self._last = 0
         self._lengths = array("i", [0])  # of the longest run of each state
         self._links = array("i", [-1])
@@ -36,9 +23,22 @@ class SuffixAutomaton:
         self._way_states = array("i", [-1])
         self._ways: dict[int, dict[int, int]] = {}
 
-    def append(self, token: int) -> None:
-        self.tokens.append(token)
-        state, new = self._last, self._new(self._lengths[self._last] + 1, len(self.tokens))
+    def __len__(self) -> int:
+        return len(self._text)
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        return self._text[start:end].tolist()
+
+    def reader(self) -> PlainReader:
+        return PlainReader(self)
+
+    def append(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self._append(token)
+
+    def _append(self, token: int) -> None:
+        self._text.append(token)
+        state, new = self._last, self._new(self._lengths[self._last] + 1, len(self._text))
         while state >= 0 and self._next(state, token) < 0:
             self._set_next(state, token, new)
             state = self._links[state]
@@ -46,7 +46,7 @@ class SuffixAutomaton:
         self._links[new] = link
         self._last = new
         self.repeat = Match(self._lengths[link], self._afters[link])
-        self._afters[link] = len(self.tokens)  # the latest occurrence is the one to copy next time
+        self._afters[link] = len(self._text)  # the latest occurrence is the one to copy next time
 
     def _ending(self, state: int, token: int) -> int:
         """The state whose longest run is the longest of ``state`` and ``token``; split off from a
@@ -92,16 +92,18 @@ class SuffixAutomaton:
             self._ways[state] = first | {token: target}
 
 
-class Reader:
-    """Follows another text through an automaton, which may grow meanwhile."""
-
-    def __init__(self, automaton: SuffixAutomaton) -> None:
-        self.automaton = automaton
+class PlainReader:
+    def __init__(self, automaton: PlainAutomaton) -> None:
+        self._automaton = automaton
         self._state = 0
         self._length = 0
 
-    def read(self, token: int) -> None:
-        text = self.automaton
+    def read(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self._read(token)
+
+    def _read(self, token: int) -> None:
+        text = self._automaton
         state = self._state
         # States may have been split since: this run may be of the shorter part.
         while state and self._length <= text._lengths[text._links[state]]:
@@ -115,5 +117,4 @@ class Reader:
 
     @property
     def match(self) -> Match:
-        """The longest suffix of what was read that stands in the automaton's text."""
-        return Match(self._length, self.automaton._afters[self._state])
+        return Match(self._length, self._automaton._afters[self._state])
