@@ -15,9 +15,9 @@ def linear(x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None = No
     what the weight's format multiplies with, each row by itself:
 
     - "f32": nothing; "bf16": rounded to bf16 (nearest, ties to even);
-    - "int8", "int4": rotated if the weight is, then, per group of the weight's size, divided by
-      ``scale = max|x| / limit`` and rounded (ties to even), ``limit`` being 127 for 8-bit inputs
-      and 127 * 257 for 16-bit ones, which are two signed bytes.
+    - "int8", "int4": rotated if the weight is, then, per group of the weight's size, times
+      ``limit / max|x|`` and rounded to integers (ties to even) whose scale is ``max|x| / limit``,
+      ``limit`` being 127 for 8-bit inputs and 127 * 257 for 16-bit ones, two signed bytes each.
 
     Order of the native kernel: every output has its own sum. Floats: fused multiply-add, inputs
     ascending; of a pair of bf16 inputs the second first. Integers: exact in int32 within a group;

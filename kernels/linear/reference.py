@@ -29,5 +29,6 @@ def _cut(x: torch.Tensor, weight: PackedMatrix) -> torch.Tensor:
     largest = groups.abs().amax(dim=2, keepdim=True)
     limit = _LARGEST[weight.input_bits]
     scales = torch.where(largest > 2.0**-100, largest / limit, largest * 0)
-    factors = torch.where(largest > 2.0**-100, limit / largest, 0)
+    # Of a number and a tensor torch would multiply with the rounded reciprocal.
+    factors = torch.where(largest > 2.0**-100, torch.full_like(largest, limit) / largest, 0)
     return ((groups * factors).round_() * scales).flatten(1)

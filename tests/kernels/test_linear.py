@@ -5,6 +5,7 @@ from kernels import _native
 from kernels.linear.reference import _cut
 from kernels.packed_matrix import pack_floats
 from tests.kernels.bits import EPS, same_bits
+from tests.kernels.conftest import all_ops
 from tests.kernels.matrices import KINDS
 
 SHAPES = [(1, 16, 4), (1, 576, 192), (3, 7, 5), (6, 64, 33), (17, 100, 37), (113, 256, 70)]
@@ -29,6 +30,15 @@ def test_linear_is_within_the_rounding_bound_of_fp64(ops, everywhere, shape, kin
     # Zeros and minimums enter as products of their own: count them with the weights.
     magnitude = wide_x.double().abs() @ _magnitudes(weight).T + bias.double().abs()
     assert ((out.double() - exact).abs() <= (weight.padded_inputs + 8) * EPS * magnitude).all()
+
+
+@pytest.mark.parametrize("kind", ["int8-rotated"])
+def test_of_millions_of_inputs_none_is_cut_to_another_integer_than_the_reference_s(kind):
+    x, weight, bias = operands(kind, 8192, 576, 32)
+    wide_x = _cut(torch.nn.functional.pad(x, (0, weight.padded_inputs - weight.inputs)), weight)
+    exact = (wide_x.double() @ weight.unpacked.double().T + bias.double()).float()
+    out = all_ops("cpu").linear(x, weight, bias)
+    assert torch.allclose(out, exact, rtol=0, atol=1e-5 * exact.abs().max())
 
 
 def _magnitudes(weight):
