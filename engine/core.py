@@ -243,8 +243,7 @@ class EngineCore:
         """Of each sequence's last rows, if wanted, their logits ``[rows, vocab_size]`` or, if that
         is enough for all of them, the ids of the largest; or why there are none."""
         best_only = not any(
-            row.wants_logits and self._generations[row.name].needs_logits(row.num_logits)
-            for row in rows
+            row.wants_logits and self._generations[row.name].needs_logits for row in rows
         )
         width = 0 if self.speculator is None else self.speculator.hidden_width
         batch = ragged_batch(rows, best_only, progress, width)

@@ -63,6 +63,7 @@ class Generation:
             eos_ids=spec.eos_token_ids,
             vocab_size=spec.vocab_size,
         )
+        self._argmax_from = self._function.argmax_from
         self._tracker = OutputTracker(
             params=task.params,
             eos_ids=spec.eos_token_ids,
@@ -78,10 +79,11 @@ class Generation:
         """Tokens until its limit."""
         return self._max_tokens - len(self._output_ids)
 
-    def needs_logits(self, num_rows: int = 1) -> bool:
-        """False if the ids of the highest logits, the lowest of equal ones, are the next tokens."""
-        first = len(self._output_ids)
-        return not all(map(self._function.wants_argmax_only, range(first, first + num_rows)))
+    @property
+    def needs_logits(self) -> bool:
+        """False if the ids of the highest logits, the lowest of equal ones, are the next tokens,
+        however many."""
+        return self._argmax_from is None or len(self._output_ids) < self._argmax_from
 
     def prepare(self, logits: np.ndarray, drafts: tuple[int, ...] = ()) -> list[Row]:
         """What choosing tokens from ``logits [rows, vocab_size]`` fp32 takes: the next one, and

@@ -237,7 +237,7 @@ class DraftHead:
             return nothing
         names = sorted(lengths, key=lambda name: -lengths[name])
         rows, longest = self.rows(names), lengths[names[0]]
-        if any(self._generations[name].needs_logits(lengths[name]) for name in names):
+        if any(self._generations[name].needs_logits for name in names):
             drafts = self._choose(rows, names, lengths)
         else:
             numbers = np.array([lengths[name] for name in names])

@@ -135,9 +135,7 @@ class DraftModel:
         """Feeds each sequence's last token or draft; what the token function makes of it."""
         last = {name: (drafts[name] or self._sequences[name].tokens)[-1:] for name in names}
         began = time.perf_counter()
-        best_only = not any(
-            self._generations[name].needs_logits(len(drafts[name]) + 1) for name in names
-        )
+        best_only = not any(self._generations[name].needs_logits for name in names)
         found = self._forward(last, wants_logits=True, best_only=best_only)
         ids = (
             found.tolist() if best_only else choose_drafts(self._generations, drafts, names, found)

@@ -11,7 +11,7 @@ from engine.model import Model
 from kernels.layout import PageLayout
 from kernels.ragged import RaggedBatch
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 13, 16, 24, 32, 48, 64)
 TRIES = 6
 TRY_FOR_S = 0.3
 

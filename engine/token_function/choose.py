@@ -64,9 +64,11 @@ class TokenFunction:
         assert logits.dtype == np.float32
         return Row(logits, self._rule, output_ids)
 
-    def wants_argmax_only(self, num_output: int) -> bool:
-        """Whether ``chosen`` of the highest logit's id is the token after ``num_output`` tokens."""
-        return self._rule.wants_argmax_only(num_output)
+    @property
+    def argmax_from(self) -> int | None:
+        """After so many output tokens, ``chosen`` of the highest logit's id is the next one; None:
+        never."""
+        return self._rule.argmax_from
 
 
 def choose(rows: Sequence[Row]) -> list[TokenChoice | QuireError]:

@@ -162,14 +162,16 @@ QUIRE_INLINE void load_offsets(const Matrix& w, const uint8_t* offsets, const F1
     }
 }
 
-// One column's, or both columns', sums over a group: [rows][columns], from `factor` times `starts` [rows] on.
+// One column's, or both columns', sums over a group: [rows][columns], from `factor` times `starts`
+// [rows] on, modulo 2^32.
 template <class Inputs, int Rows, int All, int Planes, bool Nibbles, bool Fetches, int Columns>
 QUIRE_INLINE void sum_group(int64_t group, const uint8_t* weights, const uint8_t* inputs,
                             int64_t ahead, const int32_t* starts, int32_t factor,
                             I16 (&sum)[Rows * Planes][Columns]) {
     each<Rows>([&](auto r) __attribute__((always_inline)) {
         for (int c = 0; c < Columns; ++c) {
-            sum[r * Planes + Planes - 1][c] = broadcast_int(factor * starts[r]);
+            sum[r * Planes + Planes - 1][c] =
+                broadcast_int(int32_t(uint32_t(factor) * uint32_t(starts[r])));
             if constexpr (Planes == 2) sum[r * 2][c] = broadcast_int(0);
         }
     });

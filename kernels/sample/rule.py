@@ -66,15 +66,15 @@ class Rule:
     def forbidden_at(self, num_output: int) -> Mask | None:
         return self.forbidden_early if num_output < self.min_tokens else self.forbidden
 
-    def wants_argmax_only(self, num_output: int) -> bool:
-        """Whether the id of the highest logit, the lowest of equal ones, is all it takes."""
-        return (
-            self.temperature == 0
-            and self.num_top is None
-            and not self.bias_ids.size
-            and not self.penalizes
-            and self.forbidden_at(num_output) is None
-        )
+    @property
+    def argmax_from(self) -> int | None:
+        """After so many tokens the id of the highest logit, the lowest of equal ones, is all that
+        choosing the next ones takes; None: never."""
+        if self.temperature != 0 or self.num_top is not None or self.bias_ids.size:
+            return None
+        if self.penalizes or self.forbidden is not None:
+            return None
+        return 0 if self.forbidden_early is None else self.min_tokens
 
 
 def unique_ids(ids: Sequence[int]) -> Ids:

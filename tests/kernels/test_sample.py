@@ -257,10 +257,9 @@ def test_a_wrong_argument_is_refused_by_name(row: Row, name: str) -> None:
 
 
 def test_only_a_plain_greedy_row_is_content_with_the_argmax() -> None:
-    assert Rule().wants_argmax_only(0)
+    assert Rule().argmax_from == 0
     mask = np.ones(4, dtype=np.bool_)
-    early = Rule(forbidden_early=mask, min_tokens=2)
-    assert [early.wants_argmax_only(length) for length in (1, 2)] == [False, True]
+    assert Rule(forbidden_early=mask, min_tokens=2).argmax_from == 2
     for demand in (
         {"temperature": 1.0},
         {"num_top": 0},
@@ -270,4 +269,4 @@ def test_only_a_plain_greedy_row_is_content_with_the_argmax() -> None:
         {"frequency": 0.1},
         {"forbidden": mask},
     ):
-        assert not replace(Rule(), **demand).wants_argmax_only(5)
+        assert replace(Rule(), **demand).argmax_from is None

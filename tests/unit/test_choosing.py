@@ -91,7 +91,7 @@ def test_the_tokens_of_a_step_are_chosen_in_one_call(sound, monkeypatch):
 def test_a_plain_greedy_sequence_needs_no_logits():
     def needs_logits(**params):
         task = GenerateTask("name", (1, 2), SamplingParams(**params), 5, 4)
-        return Generation(task, HashModel("fp32").spec, HashTokenizer().token_bytes).needs_logits()
+        return Generation(task, HashModel("fp32").spec, HashTokenizer().token_bytes).needs_logits
 
     assert not needs_logits(temperature=0)
     assert needs_logits(temperature=1)

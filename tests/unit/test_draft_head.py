@@ -94,8 +94,7 @@ class Greedy(dict[str, object]):
     def __missing__(self, name: str) -> Greedy:
         return self
 
-    def needs_logits(self, num_rows: int) -> bool:
-        return False
+    needs_logits = False
 
 
 def run_target(tiny: LoadedModel, memory: PageMemory, tokens: torch.Tensor) -> NDArray[np.float32]:
