@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import exp
 from random import Random
 
 import pytest
@@ -110,6 +111,57 @@ def test_steps_that_take_longer_between_drafts_are_known_as_such() -> None:
     assert times.seconds(1) == pytest.approx(1.0, rel=0.02)
     assert times.seconds(2) == pytest.approx(1.8, rel=0.02)
     assert times.seconds(4) >= 1.8 * 0.98
+
+
+# Milliseconds of a step by its rows, roughly those of two machines with the shipped model in int8.
+MACHINES = {
+    "Zen 3": {
+        1: 5.1,
+        2: 5.1,
+        3: 5.8,
+        4: 6.4,
+        5: 9.7,
+        8: 10.5,
+        9: 12.9,
+        16: 22.3,
+        32: 39.0,
+        64: 77.0,
+    },
+    "Zen 5": {1: 2.5, 2: 2.7, 3: 3.0, 4: 3.2, 8: 4.2, 12: 5.4, 16: 7.2, 32: 13.0, 64: 25.5},
+}
+
+
+def simulated_speedup(
+    steps: Mapping[int, float], batch: int, matches: float, right: float, slower: float
+) -> float:
+    """Of drafts that are right with one chance, for sequences that have some with another, on a
+    machine that takes longer than measured by a share that changes slowly."""
+    random, true, times = Random(batch), StepTimes(steps), StepTimes(steps)
+    busy, tokens, seconds, without = 0.0, 0, 0.0, 0.0
+    for _ in range(400):
+        busy = 0.97 * busy + random.gauss(0, 0.05)
+        share = slower * exp(busy + abs(random.gauss(0, 0.05)))
+        rates = [right if random.random() < matches else 0.0 for _ in range(batch)]
+        each = best_lengths(rates, [15 * (rate > 0) for rate in rates], batch, batch, times).each
+        step_s = share * true.seconds(batch + sum(each))
+        times.learn(batch + sum(each), step_s)
+        seconds += step_s
+        without += share * true.seconds(batch)
+        tokens += batch
+        for length in each:
+            tokens += next((at for at in range(length) if random.random() >= right), length)
+    return (tokens / seconds) / (400 * batch / without)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("batch", [1, 4, 16, 32])
+@pytest.mark.parametrize("slower", [1.0, 1.6])
+def test_drafts_lose_nothing_where_steps_take_longer_than_measured(
+    machine: str, batch: int, slower: float
+) -> None:
+    steps = MACHINES[machine]
+    assert simulated_speedup(steps, batch, 0.5, 0.6, slower) > 0.97
+    assert simulated_speedup(steps, batch, 0.9, 0.85, slower) > (1.4 if batch == 1 else 0.97)
 
 
 def test_a_rate_begins_at_the_proposers_word_and_learns() -> None:
