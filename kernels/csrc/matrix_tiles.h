@@ -85,7 +85,7 @@ QUIRE_INLINE void add_group(const Matrix& w, const GroupAt& at, const TileSums<P
     for (int c = 0; c < 2; ++c) scale[c] = load_scales(at.scales + 32 * c, w.bf16_scales);
     if (!centred) load_offsets(w, at.offsets, scale, offset);
     for (int64_t r = 0; r < rows; ++r) {
-        const F16 s = broadcast(scales[r]), of = broadcast(scales[r] * float(input_sums[r]));
+        const F16 s = broadcast(scales[r]);
         const I16 start = broadcast_int(centred ? input_sums[r] : 0);
         for (int c = 0; c < 2; ++c) {
             I16 all = load_ints(sums.of[Planes - 1][r] + 16 * c) + start;
@@ -93,7 +93,7 @@ QUIRE_INLINE void add_group(const Matrix& w, const GroupAt& at, const TileSums<P
                 all = all + shift_left<8>(load_ints(sums.of[0][r] + 16 * c));
             float* to = out + r * stride + 16 * c;
             F16 total = fma(to_float(all), scale[c] * s, load(to));
-            if (!centred) total = fma(offset[c], of, total);
+            if (!centred) total = fma(offset[c], broadcast(scales[r] * float(input_sums[r])), total);
             store(to, total);
         }
     }

@@ -235,13 +235,15 @@ QUIRE_INLINE void multiply_groups(const Matrix& w, const uint8_t* tile, const In
                     x.ahead, sums + First, start_factor, sum);
                 each<Count>([&](auto r) __attribute__((always_inline)) {
                     const F16 s = broadcast(scales[First + r]);
-                    const F16 of = broadcast(scales[First + r] * float(sums[First + r]));
                     for (int c = 0; c < kAtOnce; ++c) {
                         I16 all = sum[r * Planes + Planes - 1][c];
                         if constexpr (Planes == 2) all = all + shift_left<8>(sum[r * 2][c]);
                         float* at = out + (First + r) * stride + 16 * (column + c);
                         F16 total = fma(to_float(all), scale[column + c] * s, load(at));
-                        if (!centred) total = fma(offset[column + c], of, total);
+                        if (!centred) {
+                            const float all_inputs = scales[First + r] * float(sums[First + r]);
+                            total = fma(offset[column + c], broadcast(all_inputs), total);
+                        }
                         store(at, total);
                     }
                 });
