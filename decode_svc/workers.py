@@ -59,6 +59,7 @@ class KnownWorkers:
         self._on_gone = on_gone
         self._known: dict[str, _Known] = {}
         self._looked = -LOOK_AGAIN_S
+        self._unreadable = False
         self._avoid: dict[str, float] = {}
         self._sent: Counter[str] = Counter()
         self._peers: dict[str, Peer] = {}
@@ -120,18 +121,22 @@ class KnownWorkers:
         return await self._peers[worker.boot_id].channel(timeout_s)
 
     async def refresh(self) -> None:
-        """Reads the list once; a failure keeps what is known."""
+        """Reads the list once; a failure keeps what is known, and time without a list counts
+        against nobody."""
         try:
             listed = await self._index.workers()
         except PageIndexError as error:
             log.debug("worker list not refreshed: %s", error)
+            self._unreadable = True
             return
-        now = self._looked = self._clock()
+        now = self._clock()
+        without_list = now - self._looked if self._unreadable else 0.0
+        self._looked, self._unreadable = now, False
         taken = {record.endpoint for record in listed}
         kept = {
-            boot_id: known
+            boot_id: replace(known, until=known.until + without_list)
             for boot_id, known in self._known.items()
-            if known.until > now and known.record.endpoint not in taken
+            if known.until + without_list > now and known.record.endpoint not in taken
         }
         self._known = kept | {record.boot_id: _Known(record, now + KEEP_S) for record in listed}
         await self._close_unused()

@@ -150,6 +150,25 @@ async def test_an_index_restarted_empty_is_not_believed_at_once() -> None:
     assert workers.choose() is None
 
 
+async def test_an_index_that_was_gone_for_long_and_is_empty_now_is_not_believed_at_once() -> None:
+    """Its workers register again with their next heartbeat."""
+    index, clock = Index(), Clock()
+    workers = KnownWorkers(index, OURS, clock)
+    index.listed = [worker("a")]
+    await workers.refresh()
+    index.listed = None
+    clock.now = 2 * KEEP_S
+    await workers.refresh()
+    index.listed = []
+    for clock.now, known in (
+        (3 * KEEP_S, worker("a")),
+        (4 * KEEP_S - 1, worker("a")),
+        (4 * KEEP_S + 1, None),
+    ):
+        await workers.refresh()
+        assert workers.choose() == known
+
+
 async def test_a_worker_that_failed_is_left_alone_for_a_while() -> None:
     index, clock = Index(), Clock()
     workers = KnownWorkers(index, OURS, clock)
