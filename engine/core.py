@@ -118,7 +118,6 @@ class EngineCore:
         self.settings = settings
         self.layout = model.spec.page_layout(settings.page_size)
         self.fingerprint = fingerprint_of(model, settings.page_size)
-        self._token_kv_bytes = self.layout.token_bytes
         self.memory = memory or PageMemory(self.layout, settings.num_pages)
         self.pool = PagePool(settings.num_pages, settings.page_size, clock, self.memory.generations)
         self.progress = LayerProgress(self.memory.groups.layers_per_group)
@@ -413,7 +412,7 @@ class EngineCore:
             steps=1,
             step_rows=num_rows,
             prompt_rows=num_rows - num_logits,
-            step_bytes=self.model.spec.weight_bytes + context * self._token_kv_bytes,
+            step_bytes=self.model.spec.weight_bytes + context * self.layout.token_bytes,
             step_time=elapsed_ns / 1e9,
         )
 

@@ -349,7 +349,7 @@ class Scheduler:
         budget = self.limits.max_step_tokens
         decoding = False
         running = [self._sequences[name] for name in self._running]
-        if all(sequence.num_remaining == 1 for sequence in running):
+        if all(sequence.num_remaining == 1 for sequence in running):  # nearly every step
             yield from ((name, 1) for name in self._running)
             return
         running.sort(key=lambda sequence: sequence.num_remaining)
@@ -534,7 +534,7 @@ class Scheduler:
         sequence = self._sequences[name]
         start = sequence.num_computed
         end = start + count
-        drafts = self._drafts_of(sequence, most_drafts) if self._drafts else ()
+        drafts = self._drafts_of(sequence, most_drafts)
         return PlannedRows(
             name=name,
             start=start,

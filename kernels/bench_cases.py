@@ -326,6 +326,28 @@ class _Pool:
         return torch.stack(read_tokens(kv, self.layout))
 
 
+def _suffix_automaton(rows: int) -> Iterator[Case]:
+    """A token at a time, as sequences grow; the limit is that of reading the text once."""
+    for most in (3, VOCABULARY):
+        tokens = torch.randint(0, most, (rows,)).tolist()
+        yield Case(
+            f"{rows} tokens of {most}", (tokens,), 4 * rows, 0, tolerance=SAME, prepare=_repeats
+        )
+
+
+def _repeats(op: Callable[..., Any], tokens: list[int]) -> Callable[[], torch.Tensor]:
+    """What repeats after each token of a new text, ``[tokens, 2]``."""
+
+    def run() -> torch.Tensor:
+        automaton, found = op(), []
+        for token in tokens:
+            automaton.append([token])
+            found.append(automaton.repeat)
+        return torch.tensor(found)
+
+    return run
+
+
 CASES: dict[str, Callable[[int], Iterator[Case]]] = {
     "decoder": _decoder,
     "embedding": _embedding,
@@ -335,4 +357,5 @@ CASES: dict[str, Callable[[int], Iterator[Case]]] = {
     "rms_norm": _rms_norm,
     "sample": _sample,
     "silu_mul": _silu_mul,
+    "suffix_automaton": _suffix_automaton,
 }

@@ -28,6 +28,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "rope": {"reference": "reference", "cpu": "reference"},
     "sample": {"reference": "reference", "cpu": "cpu_kernel"},
     "silu_mul": {"reference": "reference", "cpu": "cpu_kernel"},
+    "suffix_automaton": {"reference": "reference", "cpu": "cpu_kernel"},
 }
 
 # Instruction sets whose products of bf16 take subnormal numbers for 0.

@@ -11,7 +11,6 @@ Native where the kernels are, because a token of every sequence is appended betw
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import NamedTuple, Protocol
 
 from kernels import dispatch
@@ -57,6 +56,5 @@ class SuffixAutomaton(Protocol):
 
 def suffix_automaton() -> SuffixAutomaton:
     """Of an empty text, in this process's back end."""
-    module = "native" if dispatch.backend() == "cpu" else "definition"
-    made: SuffixAutomaton = import_module(f"kernels.suffix_automaton.{module}").suffix_automaton()
+    made: SuffixAutomaton = dispatch.implementation("suffix_automaton").suffix_automaton()
     return made

@@ -65,7 +65,7 @@ def assert_refused(op: str, spoil: Callable[[Any], object]) -> None:
             check(case, spoiled(op, spoil), reference(op))
 
 
-FLOATS = sorted(CASES.keys() - {"kv_write", "sample"})
+FLOATS = sorted(CASES.keys() - {"kv_write", "sample", "suffix_automaton"})
 
 
 @pytest.mark.parametrize("op", FLOATS)
@@ -97,6 +97,17 @@ def test_a_choice_that_differs_at_all_is_refused(name):
         if name == "ids" or case.name.endswith("logprobs"):
             with pytest.raises(Difference, match="off its reference"):
                 check(case, spoiled("sample", spoil), reference("sample"))
+
+
+def test_an_automaton_that_misses_a_repetition_is_refused():
+    def forgetful() -> object:
+        automaton = reference("suffix_automaton")()
+        return SimpleNamespace(append=automaton.append, repeat=(0, 0))
+
+    (case, _) = CASES["suffix_automaton"](9)
+    check(case, reference("suffix_automaton"), reference("suffix_automaton"))
+    with pytest.raises(Difference, match="off its reference"):
+        check(case, forgetful, reference("suffix_automaton"))
 
 
 def test_a_difference_ends_the_run_without_times(monkeypatch, capsys):

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.suffix_automaton import Match, SuffixAutomaton, definition, native
+from kernels.suffix_automaton import Match, SuffixAutomaton, cpu_kernel, reference
 
 Make = Callable[[], SuffixAutomaton]
 TEXTS = st.integers(1, 5).flatmap(lambda most: st.lists(st.integers(0, most), max_size=40))
 both = pytest.mark.parametrize(
-    "make", [definition.suffix_automaton, native.suffix_automaton], ids=["definition", "native"]
+    "make", [reference.suffix_automaton, cpu_kernel.suffix_automaton], ids=["reference", "cpu"]
 )
 
 
@@ -64,9 +64,9 @@ def test_another_text_is_followed_while_the_first_one_grows(
 
 
 @pytest.mark.parametrize("most", [1, 3, 40_000])
-def test_the_native_one_says_what_the_definition_says(most: int) -> None:
+def test_the_native_one_says_what_the_reference_says(most: int) -> None:
     rng = random.Random(most)
-    plain, fast = definition.suffix_automaton(), native.suffix_automaton()
+    plain, fast = reference.suffix_automaton(), cpu_kernel.suffix_automaton()
     readers = plain.reader(), fast.reader()
     for _ in range(400):
         tokens = [min(int(rng.paretovariate(0.7)), most) for _ in range(rng.randint(0, 9))]
@@ -82,7 +82,7 @@ def test_the_native_one_says_what_the_definition_says(most: int) -> None:
 
 
 def test_a_reader_keeps_its_automaton() -> None:
-    automaton = native.suffix_automaton()
+    automaton = cpu_kernel.suffix_automaton()
     automaton.append([1, 2, 3])
     reader = automaton.reader()
     del automaton
@@ -91,7 +91,7 @@ def test_a_reader_keeps_its_automaton() -> None:
 
 
 def test_what_is_no_token_or_place_is_refused() -> None:
-    automaton = native.suffix_automaton()
+    automaton = cpu_kernel.suffix_automaton()
     with pytest.raises(TypeError):
         automaton.append([2**40])
     with pytest.raises(ValueError, match="start must be at least 0"):
@@ -104,7 +104,7 @@ def test_a_text_takes_less_than_250_bytes_a_token() -> None:
     rng = random.Random(1)
     tokens = [min(int(rng.paretovariate(0.7)), 40_000) for _ in range(8000)]
     tracemalloc.start()
-    automaton = definition.suffix_automaton()
+    automaton = reference.suffix_automaton()
     automaton.append(tokens)
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()

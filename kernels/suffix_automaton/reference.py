@@ -3,10 +3,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from kernels.suffix_automaton import Match
+from kernels.suffix_automaton import Match, SuffixAutomaton
 
 
-def suffix_automaton() -> PlainAutomaton:
+def suffix_automaton() -> SuffixAutomaton:
     return PlainAutomaton()
 
 
