@@ -79,10 +79,11 @@ async def test_a_quarantined_page_says_whose_write_it_waits_for(
 ) -> None:
     """The request is gone, and who fills its pages has not noticed yet."""
     async with running(redis_url) as cluster, cluster.client() as client:
-        node, leave = cluster.decode[0], asyncio.Event()
+        node, entered, leave = cluster.decode[0], asyncio.Event(), asyncio.Event()
         hand_over = node.worker._desk._hand_over  # type: ignore[attr-defined]
 
         async def slow_to_leave(*arguments: object) -> object:
+            entered.set()
             try:
                 return await hand_over(*arguments)
             finally:
@@ -91,7 +92,7 @@ async def test_a_quarantined_page_says_whose_write_it_waits_for(
         monkeypatch.setattr(node.worker._desk, "_hand_over", slow_to_leave)  # type: ignore[attr-defined]
         cluster.prefill[0].model.gate.clear()
         work = asyncio.create_task(client.generate([PROMPT], ENDLESS))
-        await until(lambda: bool(node.core.scheduler.holders.written))
+        await entered.wait()
         (name,) = node.core.scheduler.holders.written
         work.cancel()
         await until(lambda: node.core.pool.ledger.count(PageState.QUARANTINED) > 0)
