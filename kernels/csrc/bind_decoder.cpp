@@ -114,6 +114,7 @@ public:
         std::vector<Matrix> matrices;
         for (const DecoderLayer& layer : weights_.layers)
             matrices.insert(matrices.end(), {layer.qkv, layer.out, layer.gate_up, layer.down});
+        matrices.push_back(weights_.head);
         nb::gil_scoped_release released;
         measure_fetch_ahead(matrices);
     }
@@ -305,8 +306,12 @@ void bind_decoder(nb::module_& m) {
     m.def("make_matrix", make_matrix, "format"_a, "reads"_a, "offsets"_a, "bf16_scales"_a,
           "rotated"_a, "outputs"_a, "width"_a, "inputs"_a, "group"_a, "data"_a);
     m.def("linear", linear, "x"_a, "weight"_a, "bias"_a.none(), "out"_a);
+    nb::class_<Ahead>(m, "Ahead")
+        .def(nb::init<int32_t, bool>(), "bytes"_a, "to_second"_a)
+        .def_ro("bytes", &Ahead::bytes)
+        .def_ro("to_second", &Ahead::to_second);
     m.def("fetch_ahead", &fetch_ahead);
-    m.def("set_fetch_ahead", &set_fetch_ahead, "bytes"_a);
+    m.def("set_fetch_ahead", &set_fetch_ahead, "ahead"_a);
     m.def("embedding", embedding, "token_ids"_a, "table"_a, "out"_a);
     nb::class_<HeldDecoder>(m, "Decoder")
         .def(nb::init<nb::object>(), "weights"_a)

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <limits>
 
 #include "isa.h"
 #include "thread_pool.h"
@@ -12,8 +11,10 @@ namespace quire {
 
 namespace {
 
-constexpr std::array<int64_t, 4> kCandidates{0, 1024, 4096, 8192};
-constexpr int kTries = 3;
+// The last one is for a single row: others take so long that the second cache is late.
+constexpr std::array<Ahead, 5> kCandidates{
+    Ahead{}, {1024, false}, {4096, false}, {8192, false}, {2048, true}};
+constexpr int kTries = 5;
 constexpr int64_t kMostRows = 8, kMostBytesPerInput = 4;
 // Less is read from caches, whatever is fetched; more takes longer and tells no more.
 constexpr int64_t kLeastBytes = int64_t(64) << 20, kMostBytes = int64_t(96) << 20;
@@ -21,7 +22,7 @@ constexpr int64_t kLeastBytes = int64_t(64) << 20, kMostBytes = int64_t(96) << 2
 constexpr double kLeastGain = 0.98;
 
 // Another model may run while the first large one is loaded.
-std::array<std::atomic<int64_t>, kUsualFetchAhead.size()> chosen{
+std::array<std::atomic<Ahead>, kUsualFetchAhead.size()> chosen{
     kUsualFetchAhead[0], kUsualFetchAhead[1], kUsualFetchAhead[2], kUsualFetchAhead[3]};
 
 int64_t bytes_of(const Matrix& w) { return w.tiles * w.tile_bytes; }
@@ -43,7 +44,7 @@ public:
         sums_ = std::vector<int32_t>(size_t(kMostRows * groups));
     }
 
-    double seconds(int64_t rows, int64_t ahead) {
+    double seconds(int64_t rows, Ahead ahead) {
         std::vector<Linear> products;
         std::vector<Phase> phases;
         products.reserve(weights_.size());
@@ -72,16 +73,16 @@ private:
 }  // namespace
 
 FetchAhead fetch_ahead() {
-    FetchAhead bytes;
-    std::copy(chosen.begin(), chosen.end(), bytes.begin());
-    return bytes;
+    FetchAhead ahead;
+    std::copy(chosen.begin(), chosen.end(), ahead.begin());
+    return ahead;
 }
 
-void set_fetch_ahead(const FetchAhead& bytes) {
-    std::copy(bytes.begin(), bytes.end(), chosen.begin());
+void set_fetch_ahead(const FetchAhead& ahead) {
+    std::copy(ahead.begin(), ahead.end(), chosen.begin());
 }
 
-int64_t fetch_ahead_of(int64_t rows) {
+Ahead fetch_ahead_of(int64_t rows) {
     return chosen[rows >= 8 ? 3 : rows >= 4 ? 2 : rows >= 2 ? 1 : 0];
 }
 
@@ -97,15 +98,24 @@ void measure_fetch_ahead(const std::vector<Matrix>& weights) {
     if (bytes < kLeastBytes || measured.exchange(true)) return;
     Products products(taken);
     for (size_t place = 0; place < chosen.size(); ++place) {
-        std::array<double, kCandidates.size()> least;
-        least.fill(std::numeric_limits<double>::infinity());
-        for (int i = 0; i < kTries; ++i)
-            for (size_t c = 0; c < kCandidates.size(); ++c) {
-                const double took = products.seconds(int64_t(1) << place, kCandidates[c]);
-                least[c] = std::min(least[c], took);
-            }
-        least[0] *= kLeastGain;
-        chosen[place] = kCandidates[std::min_element(least.begin(), least.end()) - least.begin()];
+        // To what none takes beside it: how fast a shared machine is changes from moment to moment.
+        std::array<std::array<double, kTries>, kCandidates.size()> ratios;
+        const size_t candidates = kCandidates.size() - (place > 0);
+        for (int i = 0; i < kTries; ++i) {
+            const int64_t rows = int64_t(1) << place;
+            const double none = products.seconds(rows, kCandidates[0]);
+            for (size_t c = 1; c < candidates; ++c)
+                ratios[c][i] = products.seconds(rows, kCandidates[c]) / none;
+        }
+        Ahead best = kCandidates[0];
+        double least = kLeastGain;
+        for (size_t c = 1; c < candidates; ++c) {
+            std::sort(ratios[c].begin(), ratios[c].end());
+            if (ratios[c][kTries / 2] >= least) continue;
+            least = ratios[c][kTries / 2];
+            best = kCandidates[c];
+        }
+        chosen[place] = best;
     }
 }
 

@@ -38,14 +38,13 @@ constexpr bool in_matrix_tiles(InputFormat format, int64_t rows) {
     return kMatrixTiles && format >= InputFormat::int8 && rows >= kLeastRowsInTiles;
 }
 
-// A tile of inputs: rows `row` .. `row + rows - 1`. While they are multiplied, the weights `ahead`
-// bytes further on are fetched, if that is not 0.
+// A tile of inputs: rows `row` .. `row + rows - 1`.
 struct InputTile {
     int64_t row, rows;
     uint8_t* values;
     float* scales;
     int32_t* sums;
-    int64_t ahead = 0;
+    Ahead ahead;
 };
 
 static inline InputTile tile_at(const InputRows& x, int64_t row) {
@@ -53,7 +52,7 @@ static inline InputTile tile_at(const InputRows& x, int64_t row) {
     const int64_t first = row / step * step;
     return {first, smaller_of(step, x.rows - first),
             x.values + first * x.inputs * bytes_per_input(x.format), x.scales + first * groups,
-            x.sums + first * groups};
+            x.sums + first * groups, {}};
 }
 
 // out[r, 0..31] = row r of a tile of inputs times tile `tile` of w.

@@ -25,7 +25,10 @@ QUIRE_INLINE void for_row_tiles(RowRange range, const InputRows& x, int64_t next
     const int64_t step = tile_rows(x.format);
     for (int64_t row = range.start; row < range.end; row += step) {
         InputTile tile = tile_at(x, row);
-        tile.ahead = row == 0 ? x.ahead : row == step && x.ahead ? next : 0;
+        if (row == 0)
+            tile.ahead = x.ahead;
+        else if (row == step && x.ahead.bytes)
+            tile.ahead = {int32_t(next), false};
         then(tile);
     }
 }

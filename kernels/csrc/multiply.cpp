@@ -60,12 +60,19 @@ QUIRE_INLINE void clear(F16 (&sum)[Rows][Columns]) {
         for (int c = 0; c < Columns; ++c) sum[r][c] = broadcast(0.0f);
 }
 
-// Both columns' floats `ahead` bytes further on, if that is not 0.
-QUIRE_INLINE void fetch_floats(const void* weights, int64_t ahead) {
-    if (!ahead) return;
-    auto at = static_cast<const uint8_t*>(weights) + ahead;
-    __builtin_prefetch(at);
-    __builtin_prefetch(at + 64);
+QUIRE_INLINE void fetch(const uint8_t* at, bool to_second) {
+    if (to_second)
+        __builtin_prefetch(at, 0, 2);
+    else
+        __builtin_prefetch(at);
+}
+
+// Both columns' floats, if any are fetched.
+QUIRE_INLINE void fetch_floats(const void* weights, Ahead ahead) {
+    if (!ahead.bytes) return;
+    auto at = static_cast<const uint8_t*>(weights) + ahead.bytes;
+    fetch(at, ahead.to_second);
+    fetch(at + 64, ahead.to_second);
 }
 
 template <int Rows>
@@ -75,7 +82,7 @@ void multiply_f32(const Matrix& w, const uint8_t* tile, const InputTile& x, floa
     each_columns<kAtOnce>([&](int column) __attribute__((always_inline)) {
         auto inputs = reinterpret_cast<const float*>(x.values);
         auto weights = reinterpret_cast<const float*>(tile) + 16 * column;
-        const int64_t ahead = column == 0 ? x.ahead : 0;
+        const Ahead ahead = column == 0 ? x.ahead : Ahead{};
         F16 sum[Rows][kAtOnce];
         clear(sum);
         for (int64_t k = 0; k < w.inputs; ++k, inputs += Rows, weights += 32) {
@@ -98,7 +105,7 @@ void multiply_bf16(const Matrix& w, const uint8_t* tile, const InputTile& x, flo
     each_columns<kAtOnce>([&](int column) __attribute__((always_inline)) {
         auto inputs = reinterpret_cast<const bf16*>(x.values);
         auto weights = reinterpret_cast<const bf16*>(tile) + 32 * column;
-        const int64_t ahead = column == 0 ? x.ahead : 0;
+        const Ahead ahead = column == 0 ? x.ahead : Ahead{};
         F16 sum[Rows][kAtOnce];
         clear(sum);
         for (int64_t k = 0; k < w.inputs; k += 2, inputs += 2 * Rows, weights += 64) {
@@ -119,14 +126,18 @@ QUIRE_INLINE F16 load_scales(const uint8_t* p, bool as_bf16) {
                    : load_half(reinterpret_cast<const uint16_t*>(p));
 }
 
+// What is fetched with every step of four inputs.
+enum class StepFetches { none, to_first, to_second };
+
 // Enough lines (a row's planes) to keep the multipliers busy until the first one's sum is there. Of
 // more, the sums of a group all end at once, and nothing is left to multiply while they are stored.
 constexpr int kBlockLines = kRegisters >= 32 ? 6 : 2 * kTileRows;
 
-// Adds 4 * Fours inputs of `Lines` of a tile's `All` lines: [lines][columns] sums of 16 outputs. If
-// `Fetches`, the weights `ahead` bytes further on are fetched.
-template <class Inputs, int Fours, int All, bool Nibbles, bool Fetches, int Lines, int Columns>
-QUIRE_INLINE void add_fours(const uint8_t* weights, const uint8_t* inputs, int64_t ahead,
+// Adds 4 * Fours inputs of `Lines` of a tile's `All` lines: [lines][columns] sums of 16 outputs. The
+// weights that each step fetches are `ahead` bytes further on.
+template <class Inputs, int Fours, int All, bool Nibbles, StepFetches Fetches, int Lines, int Columns>
+QUIRE_INLINE void add_fours(const uint8_t* weights, const uint8_t* inputs,
+                            [[maybe_unused]] int64_t ahead,
                             I16 (&sum)[Lines][Columns]) {
     auto add = [&](const auto (&w)[Columns], int four) __attribute__((always_inline)) {
         each<Lines>([&](auto line) __attribute__((always_inline)) {
@@ -135,8 +146,9 @@ QUIRE_INLINE void add_fours(const uint8_t* weights, const uint8_t* inputs, int64
         });
     };
     each_load<Nibbles ? Fours / 2 : Fours>([&](auto i) __attribute__((always_inline)) {
-        if constexpr (Fetches)
-            for (int c = 0; c < Columns; ++c) __builtin_prefetch(weights + 128 * i + 64 * c + ahead);
+        if constexpr (Fetches != StepFetches::none)
+            for (int c = 0; c < Columns; ++c)
+                fetch(weights + 128 * i + 64 * c + ahead, Fetches == StepFetches::to_second);
         Packed packed[Columns];
         for (int c = 0; c < Columns; ++c) packed[c] = load_weights(weights + 128 * i + 64 * c);
         if constexpr (Nibbles) {
@@ -164,7 +176,7 @@ QUIRE_INLINE void load_offsets(const Matrix& w, const uint8_t* offsets, const F1
 
 // One column's, or both columns', sums over a group: [rows][columns], from `factor` times `starts`
 // [rows] on, modulo 2^32.
-template <class Inputs, int Rows, int All, int Planes, bool Nibbles, bool Fetches, int Columns>
+template <class Inputs, int Rows, int All, int Planes, bool Nibbles, StepFetches Fetches, int Columns>
 QUIRE_INLINE void sum_group(int64_t group, const uint8_t* weights, const uint8_t* inputs,
                             int64_t ahead, const int32_t* starts, int32_t factor,
                             I16 (&sum)[Rows * Planes][Columns]) {
@@ -195,12 +207,12 @@ QUIRE_INLINE void each_block(F f) {
     if constexpr (kCount < kLeft) each_block<Rows, Planes, First + kCount>(f);
 }
 
-// Where a group's products fill many registers, they are one run of instructions, and what is to be
-// fetched is named at its beginning. Elsewhere it is named bit by bit.
+// Where a group's products fill many registers, they are one run of instructions, and what is to go to
+// the first cache is named at its beginning. Elsewhere it is named step by step.
 constexpr bool kFetchesByStep = kRegisters < 32;
 
 // The sums of floats stand in `out`: registers hold those of integers.
-template <class Inputs, int Rows, int Planes, bool Nibbles, bool Fetches>
+template <class Inputs, int Rows, int Planes, bool Nibbles, StepFetches Fetches>
 QUIRE_INLINE void multiply_groups(const Matrix& w, const uint8_t* tile, const InputTile& x,
                                   float* out, int64_t stride) {
     constexpr int kAtOnce = columns_of(Rows * Planes * Inputs::kFourBytes / 4);
@@ -212,6 +224,7 @@ QUIRE_INLINE void multiply_groups(const Matrix& w, const uint8_t* tile, const In
     const uint8_t* inputs = x.values;
     const float* scales = x.scales;
     const int32_t* sums = x.sums;
+    const int64_t ahead = x.ahead.bytes;
     for (int r = 0; r < Rows; ++r)
         for (int c = 0; c < 2; ++c) store(out + r * stride + 16 * c, broadcast(0.0f));
     for (int64_t g = 0; g < w.inputs; g += w.group, scales += Rows, sums += Rows) {
@@ -224,15 +237,15 @@ QUIRE_INLINE void multiply_groups(const Matrix& w, const uint8_t* tile, const In
         }
         each_columns<kAtOnce>([&](int column) __attribute__((always_inline)) {
             each_block<Rows, Planes>([&]<int First, int Count>() __attribute__((always_inline)) {
-                if (!kFetchesByStep && column == 0 && x.ahead) {
-                    const uint8_t* end = tile + x.ahead + group_bytes * (First + Count) / Rows;
-                    for (auto at = tile + x.ahead + group_bytes * First / Rows; at < end; at += 64)
+                if (Fetches == StepFetches::none && column == 0 && ahead) {
+                    const uint8_t* end = tile + ahead + group_bytes * (First + Count) / Rows;
+                    for (auto at = tile + ahead + group_bytes * First / Rows; at < end; at += 64)
                         __builtin_prefetch(at);
                 }
                 I16 sum[Count * Planes][kAtOnce];
                 sum_group<Inputs, Count, Rows, Planes, Nibbles, Fetches>(
                     w.group, tile + 64 * column, inputs + Inputs::kFourBytes * First * Planes,
-                    x.ahead, sums + First, start_factor, sum);
+                    ahead, sums + First, start_factor, sum);
                 each<Count>([&](auto r) __attribute__((always_inline)) {
                     const F16 s = broadcast(scales[First + r]);
                     for (int c = 0; c < kAtOnce; ++c) {
@@ -257,10 +270,13 @@ QUIRE_INLINE void multiply_groups(const Matrix& w, const uint8_t* tile, const In
 template <class Inputs, int Rows, int Planes, bool Nibbles>
 void multiply_integers(const Matrix& w, const uint8_t* tile, const InputTile& x, float* out,
                        int64_t stride) {
-    if (kFetchesByStep && x.ahead)
-        multiply_groups<Inputs, Rows, Planes, Nibbles, kFetchesByStep>(w, tile, x, out, stride);
-    else
-        multiply_groups<Inputs, Rows, Planes, Nibbles, false>(w, tile, x, out, stride);
+    if constexpr (Rows == 1)
+        if (x.ahead.to_second)
+            return multiply_groups<Inputs, Rows, Planes, Nibbles, StepFetches::to_second>(w, tile, x, out, stride);
+    if constexpr (kFetchesByStep)
+        if (x.ahead.bytes)
+            return multiply_groups<Inputs, Rows, Planes, Nibbles, StepFetches::to_first>(w, tile, x, out, stride);
+    multiply_groups<Inputs, Rows, Planes, Nibbles, StepFetches::none>(w, tile, x, out, stride);
 }
 
 using Multiply = void (*)(const Matrix&, const uint8_t*, const InputTile&, float*, int64_t);

@@ -68,13 +68,19 @@ struct Matrix {
     int32_t zero() const { return format == WeightFormat::int8 ? 128 : 8; }
 };
 
+// The weights fetched by hand while others are multiplied: `bytes` further on, none if that is 0. To
+// the second cache only, line by line, or to the first.
+struct Ahead {
+    int32_t bytes = 0;
+    bool to_second = false;
+};
+
 // Rows of inputs in the form a product wants, in tiles of as many rows as go through a tile of
 // weights together (the last one has what is left). A few inputs of each row of a tile in turn:
 //   f32    [inputs][rows];        bf16    [inputs / 2][rows][2]
 //   int8   [inputs / 4][rows][4]; int16   [inputs / 4][rows][high, low][4], 256 high + low
 //   or, where products take 16 bits, int16 [inputs / 4][rows][4]
 //   or, in matrix tiles, [inputs / group][rows][group] and [inputs / group][high, low][rows][group]
-// While they are multiplied, the weights `ahead` bytes further on are fetched, if that is not 0.
 // Integers have a scale and `sum_factor` times their sum per group and row of a tile,
 // [inputs / group][rows]: what weights that are stored as unsigned add too much, if they have no offsets.
 struct InputRows {
@@ -85,7 +91,7 @@ struct InputRows {
     uint8_t* values;
     float* scales;
     int32_t* sums;
-    int64_t ahead;
+    Ahead ahead;
 };
 
 // The largest magnitude an integer input takes: 16 bits are cut into two signed bytes.

@@ -22,6 +22,7 @@ from tests.kernels.guarded_run import TOO_FAR, Ending
 ROOT = Path(__file__).parents[2]
 # They take no array, or keep it for the ops that read it.
 WITHOUT_ARRAYS = {
+    "Ahead",
     "Matrix",
     "SuffixAutomaton",
     "SuffixReader",

@@ -159,18 +159,18 @@ def test_a_matrix_that_does_not_fit_its_data_is_refused_by_name(argument, value)
         _native.make_matrix(**(arguments | {argument: value}))
 
 
-@pytest.mark.parametrize("ahead", [0, 2048, 8192])
+@pytest.mark.parametrize("ahead", [(0, False), (2048, False), (8192, False), (2048, True)])
 def test_weights_fetched_ahead_change_no_bit(everywhere, kind, ahead):
     x, weight, _ = operands(kind, 37, 128, 500)
 
     def some_rows():
-        out = torch.empty(5, 500), torch.empty(37, 500)
+        out = torch.empty(1, 500), torch.empty(5, 500), torch.empty(37, 500)
         for each in out:
             _native.linear(x[: len(each)], weight.native, None, each)
         return torch.cat(out)
 
     usual, expected = _native.fetch_ahead(), some_rows()
-    _native.set_fetch_ahead([ahead] * len(usual))
+    _native.set_fetch_ahead([_native.Ahead(*ahead)] * len(usual))
     try:
         assert same_bits(everywhere(some_rows), expected)
     finally:
