@@ -58,6 +58,7 @@ from engine.speculation import (
     Speculator,
     SpeculatorPair,
     StepTimes,
+    measure_attention,
     measure_steps,
     open_speculator,
 )
@@ -231,7 +232,9 @@ class EngineCore:
             self.progress.tell(base + self.layout.num_layers)
         self.last_step = self._stats(plan.rows, ended - started)
         if self.speculator is not None and not self.last_step.prompt_rows:
-            self.speculator.times.learn(self.last_step.step_rows, self.last_step.step_time)
+            times = self.speculator.times
+            attention_s = sum(times.attention_s(len(row.tokens), row.start) for row in plan.rows)
+            times.learn(self.last_step.step_rows, self.last_step.step_time, attention_s)
         if self._swapper is not None:
             self._swapper.learn(self.last_step)
         self.totals += self.last_step
@@ -433,7 +436,8 @@ class EngineCore:
         if self.settings.speculate == "off":
             return None
         settings = self.settings
-        times = StepTimes(measure_steps(self.model, self.memory.kv, self.layout))
+        measured = self.model, self.memory.kv, self.layout
+        times = StepTimes(measure_steps(*measured), measure_attention(*measured))
         proposer: DraftModel | DraftHead | None = None
         if isinstance(draft, HeadWeights):
             pages = SequencePages(self.memory.kv, self.layout, self._pages_of)

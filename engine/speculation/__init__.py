@@ -10,7 +10,7 @@ from engine.speculation.draft_head import DraftHead, HeadWeights, SequencePages
 from engine.speculation.draft_model import DraftModel
 from engine.speculation.lengths import StepTimes
 from engine.speculation.loading import Drafter, load_drafter
-from engine.speculation.measure import measure_steps
+from engine.speculation.measure import measure_attention, measure_steps
 from engine.speculation.opening import open_speculator
 from engine.speculation.pair import SpeculatorPair
 from engine.speculation.speculator import SpeculationStats, Speculator
@@ -26,6 +26,7 @@ __all__ = [
     "SpeculatorPair",
     "StepTimes",
     "load_drafter",
+    "measure_attention",
     "measure_steps",
     "open_speculator",
 ]

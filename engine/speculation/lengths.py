@@ -1,10 +1,10 @@
 """How many drafts are worth their rows: the most tokens per second, from what steps take here.
 
-A step of ``n`` rows takes ``StepTimes.seconds(n)``, measured on this machine with this model; a
-sequence whose drafts are right with probability ``a`` gains ``a`` of a token from the first,
-``a^2`` from the second. Rows go where the next one gains most, and as many of them as make expected
-tokens over expected time largest, which may be none: the goodput rule of SmartSpec (Liu et al.,
-2024, arXiv:2406.14066). Time changes which drafts are verified, never a token.
+A step of ``n`` rows takes ``StepTimes.seconds(n)`` and its attention, measured on this machine with
+this model; a sequence whose drafts are right with probability ``a`` gains ``a`` of a token from the
+first, ``a^2`` from the second. Rows go where the next one gains most, and as many of them as make
+expected tokens over expected time largest, which may be none: the goodput rule of SmartSpec (Liu et
+al., 2024, arXiv:2406.14066). Time changes which drafts are verified, never a token.
 """
 
 from __future__ import annotations
@@ -53,37 +53,40 @@ class Acceptance:
 
 
 class StepTimes:
-    """Seconds of a decode step by its number of rows; between measured numbers a straight line.
+    """Seconds of a decode step by its number of rows, and of attention by rows and context; between
+    measured numbers of rows a straight line.
 
-    Where steps take longer than measured, all numbers of rows are taken to do so in proportion. On
-    a busy machine they do. A longer context costs the same however many rows a sequence has; there
-    somewhat fewer drafts are made than would pay.
+    Where steps take longer than measured, all of them are taken to do so in proportion. On a busy
+    machine they do.
 
     Without numpy: it runs between two steps, when no cache has anything of numpy's.
     """
 
-    def __init__(self, measured: Mapping[int, float]) -> None:
-        """``measured``: seconds by rows, at least one. No step counts as longer than one of more
-        rows: whatever held it up was not its rows."""
+    def __init__(
+        self, measured: Mapping[int, float], per_token: Mapping[int, float] | None = None
+    ) -> None:
+        """``measured``: seconds by rows without any context, at least one. No step counts as longer
+        than one of more rows: whatever held it up was not its rows. ``per_token``: the seconds that
+        a token of context adds, by the rows of the sequence that has it."""
         self._rows = sorted(measured)
         self._own = [measured[rows] for rows in self._rows]
         self._factor = 1.0
         self._update()
+        self._per_token = _by_rows(per_token or {})
 
-    def seconds(self, num_rows: int) -> float:
-        rows, seconds = self._rows, self._seconds
-        after = bisect_left(rows, num_rows)
-        if after == len(rows):
-            return self._factor * seconds[-1] * num_rows / rows[-1]
-        if after == 0:
-            return self._factor * seconds[0]
-        share = (num_rows - rows[after - 1]) / (rows[after] - rows[after - 1])
-        return self._factor * (seconds[after - 1] + share * (seconds[after] - seconds[after - 1]))
+    def seconds(self, num_rows: int, attention_s: float = 0.0) -> float:
+        """``attention_s`` is the sum of what ``attention_s`` says of each sequence."""
+        return self._factor * (_between(self._rows, self._seconds, num_rows) + attention_s)
 
-    def learn(self, num_rows: int, seconds: float) -> None:
-        """A step took that long. All numbers move, as contexts grow and machines get busy; and the
-        nearest once more: between two drafts a step takes longer than the measurement's."""
-        known = self.seconds(num_rows)
+    def attention_s(self, num_rows: int, context: int) -> float:
+        """What the context of a sequence adds that has so many rows, if the machine is as fast as
+        it was when it was measured."""
+        return context * self._per_token[min(num_rows, len(self._per_token) - 1)]
+
+    def learn(self, num_rows: int, seconds: float, attention_s: float = 0.0) -> None:
+        """A step took that long. All numbers move, as machines get busy; and the nearest once more:
+        between two drafts a step takes longer than the measurement's."""
+        known = self.seconds(num_rows, attention_s)
         error = min(seconds, 2 * known) - known  # the machine may have been elsewhere
         nearest = self._nearest(num_rows)
         self._own[nearest] += _OWN_STEP * error / self._factor
@@ -97,6 +100,24 @@ class StepTimes:
 
     def _update(self) -> None:
         self._seconds = list(accumulate(reversed(self._own), min))[::-1]
+
+
+def _between(rows: Sequence[int], seconds: Sequence[float], num_rows: int) -> float:
+    """On the line through measured points; beyond the last one in proportion to it."""
+    after = bisect_left(rows, num_rows)
+    if after == len(rows):
+        return seconds[-1] * num_rows / rows[-1]
+    if after == 0:
+        return seconds[0]
+    share = (num_rows - rows[after - 1]) / (rows[after] - rows[after - 1])
+    return seconds[after - 1] + share * (seconds[after] - seconds[after - 1])
+
+
+def _by_rows(per_token: Mapping[int, float]) -> list[float]:
+    """For 0, 1, 2, ... rows of a sequence, to the most measured; more rows never take less."""
+    rows = sorted(per_token)
+    seconds = list(accumulate((max(per_token[each], 0.0) for each in rows), max))
+    return [0.0, *(_between(rows, seconds, each) for each in range(1, max(rows, default=0) + 1))]
 
 
 def _expected(rate: float, most: int) -> float:
@@ -120,16 +141,18 @@ def best_lengths(
     num_rows: int,
     times: StepTimes,
     draft_s: Callable[[int], float] = lambda longest: 0.0,
+    contexts: Sequence[int] = (),
+    attention_s: float = 0.0,
 ) -> Lengths:
-    """For a step that brings ``num_tokens`` with ``num_rows`` rows anyway.
+    """For a step that brings ``num_tokens`` with ``num_rows`` rows and ``attention_s`` anyway.
 
     ``rates`` are the chances that a draft is right, ``most`` how many there are or may be; making
-    them takes ``draft_s(longest)``.
+    them takes ``draft_s(longest)``. ``contexts`` are the sequences' tokens, none if not given.
     """
     lengths, best = [0] * len(rates), [0] * len(rates)
     tokens = float(num_tokens)
     most_tokens = tokens + sum(map(_expected, rates, most))
-    without = times.seconds(num_rows) / tokens
+    without = times.seconds(num_rows, attention_s) / tokens
     least = (1 - _LEAST_GAIN) * without
     gains = [(-rate, index) for index, rate in enumerate(rates) if most[index] > 0]
     heapq.heapify(gains)
@@ -137,10 +160,14 @@ def best_lengths(
     while gains:
         gain, index = heapq.heappop(gains)
         lengths[index] += 1
+        if contexts:
+            before, now = lengths[index], lengths[index] + 1  # rows
+            attention_s -= times.attention_s(before, contexts[index])
+            attention_s += times.attention_s(now, contexts[index])
         longest = max(longest, lengths[index])
         rows += 1
         tokens -= gain
-        took = times.seconds(rows) + draft_s(longest)
+        took = times.seconds(rows, attention_s) + draft_s(longest)
         if took >= least * most_tokens:  # nor would more rows be, whatever they brought
             break
         if took < least * tokens:

@@ -61,7 +61,7 @@ class SpeculatorPair:
     def drafts(self, left: Mapping[str, int], prompt_rows: int) -> list[Drafted]:
         if not left:
             return []
-        offered = self.first.offered(left) if self.first.wakes(len(left)) else {}
+        offered = self.first.offered(left) if self.first.wakes(left) else {}
         good = {
             name
             for name, draft in offered.items()
@@ -69,7 +69,7 @@ class SpeculatorPair:
         }
         rest = {name: number for name, number in left.items() if name not in good}
         planned = {}
-        if self.then.wakes(len(left)) and rest:
+        if self.then.wakes(left) and rest:
             rows = prompt_rows + sum(len(offered[name].tokens) for name in good)
             planned = self.then.planned(rest, rows, others=len(good))
         kept = {name: draft for name, draft in offered.items() if name not in planned}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -52,6 +52,7 @@ class Speculator:
         self.stats = SpeculationStats(proposer.name)
         self._vocab_size = vocab_size
         self._acceptance: dict[str, Acceptance] = {}
+        self._contexts: dict[str, int] = {}  # tokens
         self._usual = proposer.expects
         self._balance = Balance()
         self._rests = False
@@ -62,6 +63,7 @@ class Speculator:
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
         """A new sequence, with all tokens that it has already."""
         self._acceptance[name] = Acceptance()
+        self._contexts[name] = len(tokens)
         self._guarded(name, lambda: self.proposer.begin(name, tokens, tenant))
 
     def forget(self, name: str) -> None:
@@ -69,6 +71,7 @@ class Speculator:
         if self.proposer.remembers:
             self._catch_up(name)
         self._missed.pop(name, None)
+        self._contexts.pop(name, None)
         if self._acceptance.pop(name, None) is not None:
             self._guarded(name, lambda: self.proposer.forget(name))
 
@@ -86,6 +89,8 @@ class Speculator:
     ) -> None:
         """A step took ``token_ids`` into the sequence, after these drafts. ``hidden [H]`` is what
         the target's last layer made of the row that gave the last of them."""
+        if name in self._contexts:
+            self._contexts[name] += len(token_ids)
         if self._rests and not drafts:
             missed, _ = self._missed.get(name, ([], None))
             self._missed[name] = [*missed, *token_ids], hidden
@@ -107,11 +112,11 @@ class Speculator:
         self._guarded(name, lambda: self.proposer.extend(name, token_ids, hidden))
         self._balance.add(num_right * self._token_s - (time.perf_counter() - began))
 
-    def wakes(self, num_sequences: int) -> bool:
-        """Whether it drafts for the next step, of so many sequences; to be asked once a step. What
+    def wakes(self, names: Collection[str]) -> bool:
+        """Whether it drafts for the next step, of these sequences; to be asked once a step. What
         has lately cost more than it gained rests for a while."""
-        step_s = self.times.seconds(num_sequences)
-        self._token_s = step_s / num_sequences
+        step_s = self.times.seconds(len(names), self._attention_s(names))
+        self._token_s = step_s / len(names)
         self._rests = self._balance.rests(step_s)
         if not self._rests and self._missed:
             began = time.perf_counter()
@@ -145,7 +150,7 @@ class Speculator:
     def drafts(self, left: Mapping[str, int], prompt_rows: int) -> list[Drafted]:
         """For the next step, in which each of these sequences has a row and may still bring so many
         tokens, and which may have so many rows of prompts."""
-        if not left or not self.wakes(len(left)):
+        if not left or not self.wakes(left):
             return []
         if self._usual is not None:
             return self.made(self.planned(left, prompt_rows), len(left))
@@ -206,11 +211,19 @@ class Speculator:
         """Books what it took to make them, and what their rows will take."""
         found = {name: draft.tokens[: lengths.get(name, 0)] for name, draft in drafts.items()}
         more = sum(map(len, found.values()))
+        attention_s = self._attention_s(found)
+        with_drafts_s = sum(
+            self.times.attention_s(1 + len(tokens), self._contexts.get(name, 0))
+            for name, tokens in found.items()
+        )
         # What it took to get ready for a sequence was weighed before, against all it may save.
         longest = max(lengths.values(), default=0)
         usual_s = self.proposer.draft_s(longest) if longest else 0.0
         self._spent(began, 2 * usual_s if usual_s else inf)
-        self._balance.add(self.times.seconds(num_rows) - self.times.seconds(num_rows + more))
+        self._balance.add(
+            self.times.seconds(num_rows, attention_s)
+            - self.times.seconds(num_rows + more, with_drafts_s)
+        )
         return [Drafted(name, tokens) for name, tokens in found.items() if tokens]
 
     def _spent(self, began: float, at_most: float = inf) -> None:
@@ -240,14 +253,26 @@ class Speculator:
         if not most:
             return {}
         rates = [self._rate(name, confidence[name]) for name in most]
-        draft_s = self.proposer.draft_s
-        found = best_lengths(rates, list(most.values()), *rows, self.times, draft_s)
+        found = best_lengths(
+            rates,
+            list(most.values()),
+            *rows,
+            self.times,
+            self.proposer.draft_s,
+            [self._contexts[name] for name in most],
+            self._attention_s(left) * rows[0] / len(left),  # others' are taken to be as long
+        )
         lengths = {name: length for name, length in zip(most, found.each, strict=True) if length}
         late = {each for each in lengths if self._start_s(each) > left[each] * found.saved_s}
         if not late:
             return lengths
         rest = {name: number for name, number in most.items() if name not in late}
         return self._lengths(rest, confidence, left, rows)
+
+    def _attention_s(self, names: Collection[str]) -> float:
+        """Of a step in which each of these sequences has a row."""
+        contexts = self._contexts
+        return sum(self.times.attention_s(1, contexts.get(name, 0)) for name in names)
 
     def _start_s(self, name: str) -> float:
         try:

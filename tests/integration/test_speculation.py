@@ -38,7 +38,7 @@ class Free(StepTimes):
     def __init__(self) -> None:
         super().__init__({1: 1.0, 256: 1.0})
 
-    def learn(self, num_rows: int, seconds: float) -> None:
+    def learn(self, num_rows: int, seconds: float, attention_s: float = 0.0) -> None:
         pass
 
 

@@ -113,6 +113,36 @@ def test_steps_that_take_longer_between_drafts_are_known_as_such() -> None:
     assert times.seconds(4) >= 1.8 * 0.98
 
 
+def test_attention_takes_time_by_the_rows_of_a_sequence_and_its_context() -> None:
+    times = StepTimes({1: 1.0, 8: 1.0}, {1: 0.001, 2: 0.002, 4: 0.006, 8: 0.005})
+    assert times.attention_s(1, 1000) == pytest.approx(1.0)
+    assert times.attention_s(3, 1000) == pytest.approx(4.0)  # on the line
+    assert times.attention_s(8, 1000) == pytest.approx(6.0)  # more rows never take less
+    assert times.attention_s(9, 0) == 0
+    assert StepTimes({1: 1.0}).attention_s(3, 1000) == 0
+    assert times.seconds(2, times.attention_s(2, 1000)) == pytest.approx(3.0)
+    for _ in range(200):  # what takes twice as long does so as a whole
+        times.learn(1, 4.0, times.attention_s(1, 1000))
+    assert times.seconds(8, times.attention_s(8, 1000)) == pytest.approx(14.0, rel=0.02)
+
+
+def test_the_longer_a_context_the_fewer_drafts_are_worth_their_attention() -> None:
+    times = StepTimes({1: 1.0, 64: 1.0}, {rows: 0.0001 * rows for rows in (1, 2, 16)})
+
+    def lengths(*contexts: int) -> list[int]:
+        attention_s = sum(times.attention_s(1, each) for each in contexts)
+        rates, most = [0.8] * len(contexts), [15] * len(contexts)
+        rows = len(contexts)
+        return best_lengths(
+            rates, most, rows, rows, times, contexts=contexts, attention_s=attention_s
+        ).each
+
+    (short,), (medium,), (long,) = lengths(100), lengths(3000), lengths(100_000)
+    assert short > medium > long == 0
+    near, far = lengths(100, 20_000)
+    assert near > far
+
+
 # Milliseconds of a step by its rows, roughly those of two machines with the shipped model in int8.
 MACHINES = {
     "Zen 3": {
