@@ -24,6 +24,11 @@ class Balance:
         """Saved by drafts of this step, or less than 0: taken."""
         self._step_s += seconds
 
+    @property
+    def rests_on(self) -> bool:
+        """Whether the step after the one last asked about will do without drafts, too."""
+        return self._resting > 1
+
     def rests(self, step_s: float) -> bool:
         """Whether to do without drafts in the next step, which takes so long; asked once a step."""
         if self._resting:

@@ -22,7 +22,7 @@ _KEEP, _KEEP_IDLE = 0.9, 0.98
 # sequences differ by less than luck makes of a few drafts.
 WORD_WEIGHT, USUAL_WEIGHT = 2.0, 12.0
 # Drafts that promise less are not made: what they take beside the step is not all measured.
-_LEAST_GAIN = 0.03
+_LEAST_GAIN = 0.05
 # A draft that is right less often is not worth looking at.
 _LEAST_CHANCE = 0.02
 # By how much a measured step moves what is known of all steps, and of those with so many rows.

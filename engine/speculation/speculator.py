@@ -43,6 +43,14 @@ class SpeculationStats:
         return sum(self.accepted_at)
 
 
+@dataclass(slots=True)
+class _Missed:
+    """What a sequence got while the proposer rested."""
+
+    tokens: list[int] = field(default_factory=list)
+    hidden: Floats | None = None  # of the last one
+
+
 class Speculator:
     """Sequences by name. One thread uses it."""
 
@@ -57,8 +65,7 @@ class Speculator:
         self._balance = Balance()
         self._rests = False
         self._token_s = 0.0
-        # Of the sequences that went on while it rested: their tokens, the last hidden row.
-        self._missed: dict[str, tuple[list[int], Floats | None]] = {}
+        self._missed: dict[str, _Missed] = {}
 
     def begin(self, name: str, tokens: Sequence[int], tenant: str) -> None:
         """A new sequence, with all tokens that it has already."""
@@ -77,8 +84,9 @@ class Speculator:
 
     @property
     def hidden_width(self) -> int:
-        """How wide the hidden rows are that ``verified`` is to be told; 0: none."""
-        return self.proposer.hidden_width
+        """How wide the hidden rows of the next step are that ``verified`` is to be told; 0: none,
+        nothing will be drafted after it."""
+        return 0 if self._balance.rests_on else self.proposer.hidden_width
 
     def verified(
         self,
@@ -92,8 +100,11 @@ class Speculator:
         if name in self._contexts:
             self._contexts[name] += len(token_ids)
         if self._rests and not drafts:
-            missed, _ = self._missed.get(name, ([], None))
-            self._missed[name] = [*missed, *token_ids], hidden
+            missed = self._missed.get(name)
+            if missed is None:
+                missed = self._missed[name] = _Missed()
+            missed.tokens += token_ids
+            missed.hidden = hidden
             self._learn_usual(0, 0)
             return
         began = time.perf_counter()
@@ -126,10 +137,10 @@ class Speculator:
         return not self._rests
 
     def _catch_up(self, name: str) -> None:
-        tokens, hidden = self._missed.pop(name, ([], None))
-        if tokens and name in self._acceptance:
-            self._acceptance[name].idle(len(tokens))
-            self._guarded(name, lambda: self.proposer.extend(name, tokens, hidden))
+        missed = self._missed.pop(name, None)
+        if missed is not None and name in self._acceptance:
+            self._acceptance[name].idle(len(missed.tokens))
+            self._guarded(name, lambda: self.proposer.extend(name, missed.tokens, missed.hidden))
 
     def _learn_usual(self, num_drafts: int, num_right: int) -> None:
         """What a proposer that says it beforehand promises is soon held against what came of all

@@ -57,8 +57,8 @@ def test_no_step_counts_as_longer_than_one_of_more_rows() -> None:
 
 
 def test_drafts_that_hardly_gain_anything_are_not_made() -> None:
-    assert best_lengths([0.02], [5], 1, 1, FLAT) == Lengths([0], 0.0)
-    assert best_lengths([0.05], [5], 1, 1, FLAT).each != [0]
+    assert best_lengths([0.04], [5], 1, 1, FLAT) == Lengths([0], 0.0)
+    assert best_lengths([0.07], [5], 1, 1, FLAT).each != [0]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -430,6 +430,21 @@ def test_what_was_missed_at_rest_is_caught_up_with_at_the_next_look() -> None:
     assert proposer.known["a"] == [1, 2]
     made.drafts({"a": 1000}, 0)
     assert proposer.known["a"] == [1, 2, *written]
+
+
+def test_hidden_rows_are_asked_for_only_where_drafts_may_follow() -> None:
+    proposer = Fixed(1)
+    proposer.hidden_width = 8
+    made = Speculator(proposer, vocab_size=10, times=StepTimes({1: 1.0, 2: 1.5, 64: 64.0}))
+    made.begin("a", [1, 2], "")
+    assert made.hidden_width == 8
+    made._balance.add(-1.0)
+    widths = []
+    for step in range(31):
+        assert made.drafts({"a": 1000}, 0) == []
+        widths.append(made.hidden_width)
+        made.verified("a", [], [step])
+    assert widths == [0] * 30 + [8]  # the last step's are what the next look drafts from
 
 
 def test_what_gains_stays_awake() -> None:
