@@ -16,6 +16,7 @@ from engine.speculation.lengths import (
     USUAL_WEIGHT,
     WORD_WEIGHT,
     Acceptance,
+    Lengths,
     StepTimes,
     best_lengths,
 )
@@ -264,17 +265,28 @@ class Speculator:
         if not most:
             return {}
         rates = [self._rate(name, confidence[name]) for name in most]
-        found = best_lengths(
-            rates,
-            list(most.values()),
-            *rows,
-            self.times,
-            self.proposer.draft_s,
-            [self._contexts[name] for name in most],
-            self._attention_s(left) * rows[0] / len(left),  # others' are taken to be as long
-        )
+        num_tokens, num_rows = rows
+
+        def best(num_rows: int) -> Lengths:
+            return best_lengths(
+                rates,
+                list(most.values()),
+                num_tokens,
+                num_rows,
+                self.times,
+                self.proposer.draft_s,
+                [self._contexts[name] for name in most],
+                self._attention_s(left) * num_tokens / len(left),  # others' are taken to be as long
+            )
+
+        found = best(num_rows)
         lengths = {name: length for name, length in zip(most, found.each, strict=True) if length}
-        late = {each for each in lengths if self._start_s(each) > left[each] * found.saved_s}
+        starts = {name: start_s for name in lengths if (start_s := self._start_s(name))}
+        if not starts:
+            return lengths
+        # It pays over all that is left, most of which is written in steps without prompts.
+        saved_s = best(num_tokens).saved_s if num_rows > num_tokens else found.saved_s
+        late = {name for name, start_s in starts.items() if start_s > left[name] * saved_s}
         if not late:
             return lengths
         rest = {name: number for name, number in most.items() if name not in late}

@@ -297,6 +297,15 @@ def test_a_proposer_is_not_made_ready_for_less_than_that_takes() -> None:
     assert made.drafts({"a": 5}, 0) == [Drafted("a", (1,))]  # four save 0.76 s with each of five
 
 
+def test_a_proposer_is_not_made_ready_for_what_it_would_save_beside_prompts_only() -> None:
+    proposer = Fixed(1)
+    proposer.expects, proposer.starts_after_s = 0.9, 3.0
+    made = Speculator(proposer, vocab_size=10, times=StepTimes({1: 1.0, 2: 2.0, 256: 256.0}))
+    made.begin("a", [1, 2], "")
+    assert made.drafts({"a": 30}, 0) == []
+    assert made.drafts({"a": 30}, 100) == []  # a step of 100 rows brings two tokens instead of one
+
+
 @pytest.mark.parametrize("method", ["begin", "extend", "propose", "start_s", "forget"])
 def test_a_proposer_that_raises_costs_one_sequence_its_drafts(
     method: str, monkeypatch: pytest.MonkeyPatch
