@@ -137,8 +137,7 @@ constexpr int kBlockLines = kRegisters >= 32 ? 6 : 2 * kTileRows;
 // weights that each step fetches are `ahead` bytes further on.
 template <class Inputs, int Fours, int All, bool Nibbles, StepFetches Fetches, int Lines, int Columns>
 QUIRE_INLINE void add_fours(const uint8_t* weights, const uint8_t* inputs,
-                            [[maybe_unused]] int64_t ahead,
-                            I16 (&sum)[Lines][Columns]) {
+                            [[maybe_unused]] int64_t ahead, I16 (&sum)[Lines][Columns]) {
     auto add = [&](const auto (&w)[Columns], int four) __attribute__((always_inline)) {
         each<Lines>([&](auto line) __attribute__((always_inline)) {
             const Inputs a(inputs + Inputs::kFourBytes * (four * All + line));
@@ -270,13 +269,14 @@ QUIRE_INLINE void multiply_groups(const Matrix& w, const uint8_t* tile, const In
 template <class Inputs, int Rows, int Planes, bool Nibbles>
 void multiply_integers(const Matrix& w, const uint8_t* tile, const InputTile& x, float* out,
                        int64_t stride) {
+    const auto run = [&]<StepFetches Fetches>() __attribute__((always_inline)) {
+        multiply_groups<Inputs, Rows, Planes, Nibbles, Fetches>(w, tile, x, out, stride);
+    };
     if constexpr (Rows == 1)
-        if (x.ahead.to_second)
-            return multiply_groups<Inputs, Rows, Planes, Nibbles, StepFetches::to_second>(w, tile, x, out, stride);
+        if (x.ahead.to_second) return run.template operator()<StepFetches::to_second>();
     if constexpr (kFetchesByStep)
-        if (x.ahead.bytes)
-            return multiply_groups<Inputs, Rows, Planes, Nibbles, StepFetches::to_first>(w, tile, x, out, stride);
-    multiply_groups<Inputs, Rows, Planes, Nibbles, StepFetches::none>(w, tile, x, out, stride);
+        if (x.ahead.bytes) return run.template operator()<StepFetches::to_first>();
+    run.template operator()<StepFetches::none>();
 }
 
 using Multiply = void (*)(const Matrix&, const uint8_t*, const InputTile&, float*, int64_t);

@@ -68,8 +68,8 @@ struct Matrix {
     int32_t zero() const { return format == WeightFormat::int8 ? 128 : 8; }
 };
 
-// The weights fetched by hand while others are multiplied: `bytes` further on, none if that is 0. To
-// the second cache only, line by line, or to the first.
+// The weights fetched by hand while others are multiplied: `bytes` further on, none if that is 0. A
+// single row's may go to the second cache only, line by line; all others go to the first.
 struct Ahead {
     int32_t bytes = 0;
     bool to_second = false;
