@@ -113,7 +113,9 @@ def all_logits(model: Model, ids: Sequence[int]) -> torch.Tensor:
         page_tables=np.arange(num_pages, dtype=np.int32)[None],
         logit_rows=rows,
     )
-    return model.forward(batch, PageMemory(layout, num_pages).kv, layout)
+    logits = model.forward(batch, PageMemory(layout, num_pages).kv, layout)
+    assert isinstance(logits, torch.Tensor)
+    return logits
 
 
 def windows(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -12,7 +12,7 @@ import torch
 
 from engine.model import Model, ModelSpec
 from kernels.layout import PageLayout
-from kernels.ragged import RaggedBatch
+from kernels.ragged import RaggedBatch, Said
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class TimedModel:
     def spec(self) -> ModelSpec:
         return self._model.spec
 
-    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> Said:
         began = time.perf_counter()
         logits = self._model.forward(batch, kv, layout)
         self.calls.append(Call(began, time.perf_counter(), batch))

@@ -118,6 +118,7 @@ class EngineCore:
         self.boot_id = boot_id
         self.settings = settings
         self.layout = model.spec.page_layout(settings.page_size)
+        self._kv_token_bytes = self.layout.token_bytes
         self.fingerprint = fingerprint_of(model, settings.page_size)
         self.memory = memory or PageMemory(self.layout, settings.num_pages)
         self.pool = PagePool(settings.num_pages, settings.page_size, clock, self.memory.generations)
@@ -257,7 +258,7 @@ class EngineCore:
                 return {rows[0].name: EngineFault("the model failed on this request")}
             log.warning("step failed; running its %d sequences one by one", len(rows))
             return {row.name: self._forward([row])[row.name] for row in rows}
-        each = result.tolist() if best_only else result.numpy()
+        each = result if isinstance(result, list) else result.numpy()
         found: dict[str, Found] = {}
         first = 0
         for row in rows:
@@ -415,7 +416,7 @@ class EngineCore:
             steps=1,
             step_rows=num_rows,
             prompt_rows=num_rows - num_logits,
-            step_bytes=self.model.spec.weight_bytes + context * self.layout.token_bytes,
+            step_bytes=self.model.spec.weight_bytes + context * self._kv_token_bytes,
             step_time=elapsed_ns / 1e9,
         )
 

@@ -28,17 +28,12 @@ def ragged_batch(
         positions += range(row.start, row.start + len(row.tokens))
         starts.append(len(tokens))
         wanted += range(len(tokens) - row.num_logits, len(tokens))
-    most_pages = max(len(row.pages) for row in rows)
-    tables = [(*row.pages, *(-1,) * (most_pages - len(row.pages))) for row in rows]
-    # One array in four parts: each made by itself takes its time from cold caches.
-    numbers = np.array(tokens + positions + wanted + starts, dtype=np.int64)
-    first_wanted, first_start = 2 * len(tokens), 2 * len(tokens) + len(wanted)
     return RaggedBatch(
-        token_ids=numbers[: len(tokens)],
-        positions=numbers[len(tokens) : first_wanted],
-        query_starts=numbers[first_start:],
-        page_tables=np.array(tables, dtype=np.int32),
-        logit_rows=numbers[first_wanted:first_start],
+        token_ids=tokens,
+        positions=positions,
+        query_starts=starts,
+        page_tables=[row.pages for row in rows],
+        logit_rows=wanted,
         best_only=best_only,
         progress=progress,
         hidden=np.empty((len(wanted), hidden_width), dtype=np.float32) if hidden_width else None,

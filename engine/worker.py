@@ -95,12 +95,10 @@ class EngineWorker:
 
     def _take_commands(self, wait: bool) -> bool:
         """Carries out what has come in; False when it is time to stop."""
-        while True:
-            try:
-                command = self._commands.get(block=wait)
-            except queue.Empty:
-                return True
+        while wait or not self._commands.empty():
+            command = self._commands.get()
             if command is None:
                 return False
             command(self._core)
             wait = False
+        return True

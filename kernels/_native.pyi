@@ -29,36 +29,34 @@ class Decoder:
     def __init__(self, weights: object) -> None: ...
     def forward(
         self,
-        token_ids: Array,
+        token_ids: Sequence[int],
         states: Array | None,
-        positions: Array,
-        query_starts: Array,
-        page_tables: Array,
+        positions: Sequence[int],
+        query_starts: Sequence[int],
+        page_tables: Sequence[Sequence[int]],
         kv: Array,
         kv_dtype: str,
         page_size: int,
-        logit_rows: Array,
+        logit_rows: Sequence[int],
         logits: Array | None,
-        best_ids: Array,
         hidden: Array | None = None,
         layers_done: Array | None = None,
         mark_every: int = 1,
         progress_event: int = -1,
-    ) -> None: ...
+    ) -> list[int]:
+        """Returns the best ids of ``logit_rows``."""
+
     def draft(
         self,
-        token_ids: Array,
-        states: Array,
-        positions: Array,
-        page_tables: Array,
+        token_ids: Sequence[int],
+        states: Sequence[Array],
+        positions: Sequence[int],
+        page_tables: Sequence[Sequence[int]],
         kv: Array,
         kv_dtype: str,
         page_size: int,
-        lengths: Array,
-        ids: Array,
-        drafts: Array,
-    ) -> None:
-        """Overwrites ``token_ids``, ``states`` and ``positions``."""
+        lengths: Sequence[int],
+    ) -> list[list[int]]: ...
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None: ...
 def make_matrix(

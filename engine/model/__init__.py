@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from kernels.layout import PageLayout
-from kernels.ragged import RaggedBatch
+from kernels.ragged import RaggedBatch, Said
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Model(Protocol):
     @property
     def spec(self) -> ModelSpec: ...
 
-    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> Said:
         """Writes K and V of every row into its page, returns logits of ``batch.logit_rows``.
 
         ``kv`` is ``kernels.layout.kv_view`` of the pool. Returns ``[R, vocab_size]`` fp32, or

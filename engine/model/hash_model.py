@@ -21,7 +21,7 @@ from engine.errors import InvalidRequest
 from engine.model import ModelSpec
 from kernels.kv_write import kv_write
 from kernels.layout import PageLayout, read_tokens
-from kernels.ragged import RaggedBatch, best_ids, row_slots
+from kernels.ragged import RaggedBatch, Said, best_ids, row_slots
 
 NUM_BYTES = 256
 START, END_OF_MESSAGE, END = 257, 258, 259  # 256 is not used
@@ -54,7 +54,7 @@ class HashModel:
             weight_bytes=1,
         )
 
-    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> Said:
         pages, offsets = row_slots(batch, layout.page_size)
         base = batch.progress.num_done if batch.progress else 0
         for layer in range(NUM_LAYERS):
@@ -62,7 +62,7 @@ class HashModel:
             kv_write(keys, values, kv, layer, pages, offsets, layout)
             if batch.progress is not None:
                 batch.progress.layer_done(base, layer, NUM_LAYERS)
-        logits = torch.empty(len(batch.logit_rows), VOCAB_SIZE)
+        logits = torch.empty(batch.num_logits, VOCAB_SIZE)
         ends = batch.query_starts[1:]
         for index, row in enumerate(batch.logit_rows):
             sequence = int(np.searchsorted(ends, row, side="right"))

@@ -8,7 +8,7 @@ from engine.model import ModelSpec
 from engine.model.config import LlamaConfig
 from kernels.decoder import DecoderWeights, decoder
 from kernels.layout import PageLayout
-from kernels.ragged import RaggedBatch
+from kernels.ragged import RaggedBatch, Said
 
 
 class LlamaModel:
@@ -18,5 +18,5 @@ class LlamaModel:
         self.weights = weights
         self._decoder = decoder(weights)
 
-    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> Said:
         return self._decoder.forward(batch, kv, layout)

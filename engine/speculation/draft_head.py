@@ -125,6 +125,7 @@ class HeadWeights:
                 token_norm=self.token_norm,
                 from_state=pack_rotated_int8(self.from_state),
                 from_token=pack_rotated_int8(self.from_token),
+                ids=self.vocabulary,
                 first_layer=len(target.layers) - 1,
             ),
         )
@@ -235,20 +236,20 @@ class DraftHead:
         nothing = dict.fromkeys(most, Draft())
         if not lengths:
             return nothing
-        names = sorted(lengths, key=lambda name: -lengths[name])
+        names = sorted(lengths, key=lambda name: -lengths[name]) if len(lengths) > 1 else [*lengths]
         rows, longest = self.rows(names), lengths[names[0]]
         if any(self._generations[name].needs_logits for name in names):
             drafts = self._choose(rows, names, lengths)
         else:
-            numbers = np.array([lengths[name] for name in names])
-            found = self._decoder.draft(
-                rows, numbers, self._ids, self._pages.kv, self._pages.layout
-            ).tolist()
-            drafts = {name: each[: lengths[name]] for name, each in zip(names, found, strict=True)}
+            numbers = [lengths[name] for name in names]
+            drafts = self._decoder.draft(rows, numbers, self._pages.kv, self._pages.layout)
         expected = self.draft_s(longest)
         took = min(time.perf_counter() - began, 2 * expected)  # the machine may have been elsewhere
         self._first_s += _STEP * (took - expected)
-        return nothing | {name: Draft(tuple(each), EXPECTED) for name, each in drafts.items()}
+        found = {
+            name: Draft(tuple(each), EXPECTED) for name, each in zip(names, drafts, strict=True)
+        }
+        return nothing | found
 
     def _room(self, name: str) -> int:
         """As many drafts as find a place in the sequence's pages: the first is made of its last
@@ -262,24 +263,16 @@ class DraftHead:
     def rows(self, names: Sequence[str]) -> DraftRows:
         """Where these sequences' drafts begin; a step has told of each a hidden row."""
         sequences = [self._sequences[name] for name in names]
-        tables = [self._pages.of(name) for name in names]
-        table = np.full((len(names), max(map(len, tables), default=0)), -1, dtype=np.int32)
-        for row, slots in zip(table, tables, strict=True):
-            row[: len(slots)] = slots
-        states = np.empty((len(names), self.hidden_width), dtype=np.float32)
-        for state, sequence in zip(states, sequences, strict=True):
-            assert sequence.hidden is not None
-            state[:] = sequence.hidden
         return DraftRows(
-            tokens=np.array([each.last_token for each in sequences], dtype=np.int64),
-            states=states,
-            positions=np.array([each.num_tokens - 1 for each in sequences], dtype=np.int64),
-            tables=table,
+            tokens=[each.last_token for each in sequences],
+            states=[each.hidden for each in sequences if each.hidden is not None],
+            positions=[each.num_tokens - 1 for each in sequences],
+            tables=[self._pages.of(name) for name in names],
         )
 
     def _choose(
         self, rows: DraftRows, names: Sequence[str], lengths: Mapping[str, int]
-    ) -> dict[str, list[int]]:
+    ) -> list[list[int]]:
         """Drafts that the sequences' token functions choose, where not all take the best."""
         drafts: dict[str, list[int]] = {name: [] for name in names}
         for depth in range(lengths[names[0]]):
@@ -292,30 +285,24 @@ class DraftHead:
             for name, token in zip(longer, tokens, strict=True):
                 drafts[name].append(token)
             # After what is no token nothing is used: whatever follows it may be drafted.
-            following = np.maximum(np.array(tokens, dtype=np.int64), 0)
-            rows = DraftRows(following, states, rows.positions + 1, rows.tables)
-        return drafts
+            rows = rows.after([max(token, 0) for token in tokens], [*states])
+        return [drafts[name] for name in names]
 
     def run(self, rows: DraftRows) -> tuple[Floats, Floats]:
         """The logits ``[B, V]`` after these rows, and their states ``[B, H]``."""
-        states = np.empty_like(rows.states)
+        states = np.empty((len(rows.states), self.hidden_width), dtype=np.float32)
         batch = rows.batch(best_only=False, hidden=states)
-        return self._decoder.forward(batch, self._pages.kv, self._pages.layout).numpy(), states
+        logits = self._decoder.forward(batch, self._pages.kv, self._pages.layout)
+        assert not isinstance(logits, list)
+        return logits.numpy(), states
 
     def _measured(self, number: int) -> float:
         """Seconds of so many drafts of one sequence, the best of a few; writes into the pool's
         first page."""
-        row = DraftRows(
-            np.zeros(1, dtype=np.int64),
-            np.ones((1, self.hidden_width), dtype=np.float32),
-            np.zeros(1, dtype=np.int64),
-            np.zeros((1, 1), dtype=np.int32),
-        )
+        row = DraftRows([0], [np.ones(self.hidden_width, dtype=np.float32)], [0], [[0]])
         times = []
         for _ in range(_TRIES):
             began = time.perf_counter()
-            self._decoder.draft(
-                row, np.array([number]), self._ids, self._pages.kv, self._pages.layout
-            )
+            self._decoder.draft(row, [number], self._pages.kv, self._pages.layout)
             times.append(time.perf_counter() - began)
         return min(times)

@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-import numpy as np
-
 from engine.generation import Generation
 from engine.model import Model
 from engine.plan import PlannedRows
@@ -23,6 +21,7 @@ from engine.ragged_rows import ragged_batch
 from engine.speculation.choosing import choose_drafts
 from engine.speculation.measure import measure_steps
 from engine.speculation.proposer import Draft, Floats
+from kernels.ragged import Said
 from kvstore.memory import PageMemory
 from kvstore.pool import PagePool
 
@@ -137,16 +136,17 @@ class DraftModel:
         began = time.perf_counter()
         best_only = not any(self._generations[name].needs_logits for name in names)
         found = self._forward(last, wants_logits=True, best_only=best_only)
-        ids = (
-            found.tolist() if best_only else choose_drafts(self._generations, drafts, names, found)
-        )
+        if isinstance(found, list):
+            ids = found
+        else:
+            ids = choose_drafts(self._generations, drafts, names, found.numpy())
         took = time.perf_counter() - began
         self._seconds_per_token += _STEP * (took - self._seconds_per_token)
         return dict(zip(names, ids, strict=True))
 
     def _forward(
         self, tokens: Mapping[str, list[int]], *, wants_logits: bool, best_only: bool = False
-    ) -> np.ndarray:
+    ) -> Said:
         rows = []
         for name, each in tokens.items():
             sequence = self._sequences[name]
@@ -155,5 +155,4 @@ class DraftModel:
             pages = tuple(sequence.pages[: self.pool.pages_for(len(sequence.fed))])
             rows.append(PlannedRows(name, start, tuple(each), pages, wants_logits))
         batch = ragged_batch(rows, best_only)
-        found: np.ndarray = self._model.forward(batch, self._memory.kv, self._layout).numpy()
-        return found
+        return self._model.forward(batch, self._memory.kv, self._layout)

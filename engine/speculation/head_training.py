@@ -253,7 +253,7 @@ def features(
                 Text(
                     tokens=tokens[len(prompt) - 1 :],
                     hidden=hidden.to(torch.bfloat16),
-                    best=best.long(),
+                    best=torch.tensor(best),
                     keys=keys,
                     values=values,
                 )

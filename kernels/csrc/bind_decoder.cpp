@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <optional>
@@ -104,6 +105,21 @@ Matrix matrix_of(nb::handle owner, const char* name, int64_t outputs, int64_t wi
     return w;
 }
 
+using Tables = std::vector<std::vector<int32_t>>;
+
+// Page tables of one length, -1 behind their own.
+struct PaddedTables {
+    int64_t number, most = 0;
+    std::vector<int32_t> slots;
+
+    explicit PaddedTables(const Tables& tables) : number(int64_t(tables.size())) {
+        for (const auto& table : tables) most = larger_of(most, int64_t(table.size()));
+        slots.assign(size_t(number * most), -1);
+        for (int64_t i = 0; i < number; ++i)
+            std::copy(tables[size_t(i)].begin(), tables[size_t(i)].end(), slots.begin() + i * most);
+    }
+};
+
 // The decoder and the Python object whose arrays it reads.
 class HeldDecoder {
 public:
@@ -119,17 +135,29 @@ public:
         measure_fetch_ahead(matrices);
     }
 
-    void forward(Array token_ids, std::optional<Array> states, Array positions, Array query_starts,
-                 Array page_tables, Array kv, const std::string& kv_dtype, int64_t page_size,
-                 Array logit_rows, std::optional<Array> logits, Array best_ids,
-                 std::optional<Array> hidden, std::optional<Array> layers_done, int64_t mark_every, int progress_event) {
-        DecoderStep step = step_of(token_ids, states, positions, page_tables, kv, kv_dtype, page_size);
-        const int64_t wanted = size(logit_rows, "logit_rows", 1, 0);
-        step.rows.query_starts =
-            data<int64_t>(query_starts, "query_starts", {step.rows.sequences + 1});
+    // The best ids of the rows wanted. Numbers come as Python's own: arrays of a few cost more.
+    std::vector<int32_t> forward(const std::vector<int64_t>& token_ids, const std::optional<Array>& states,
+                                 const std::vector<int64_t>& positions,
+                                 const std::vector<int64_t>& query_starts, const Tables& page_tables,
+                                 const Array& kv, const std::string& kv_dtype, int64_t page_size,
+                                 const std::vector<int64_t>& logit_rows, const std::optional<Array>& logits,
+                                 const std::optional<Array>& hidden, const std::optional<Array>& layers_done,
+                                 int64_t mark_every, int progress_event) {
+        const int64_t rows = int64_t(token_ids.size()), wanted = int64_t(logit_rows.size());
+        if (int64_t(positions.size()) != rows) refuse("positions", "be as many as token_ids");
+        if (query_starts.size() != page_tables.size() + 1)
+            refuse("query_starts", "be one more than page_tables");
+        const PaddedTables tables(page_tables);
+        std::vector<int32_t> best(logit_rows.size());
+        DecoderStep step = in_pages(kv, kv_dtype, page_size);
+        step.rows = {positions.data(), query_starts.data(), tables.slots.data(), rows, tables.number, tables.most};
+        step.token_ids = token_ids.data();
+        if (states.has_value() != goes_on_)
+            refuse("states", "be given if the weights go on from some");
+        if (states) step.states = data<float>(*states, "states", {rows, shape_.width});
         step.logit_rows = wanted;
-        step.wanted = data<int64_t>(logit_rows, "logit_rows", {wanted});
-        step.best_ids = data<int32_t>(best_ids, "best_ids", {wanted});
+        step.wanted = logit_rows.data();
+        step.best_ids = best.data();
         if (logits)
             step.logits = data<float>(*logits, "logits", {wanted, weights_.head.outputs});
         if (hidden) step.hidden = data<float>(*hidden, "hidden", {wanted, shape_.width});
@@ -141,67 +169,60 @@ public:
         check(step);
         nb::gil_scoped_release released;
         decoder_.run(step);
+        return best;
     }
 
-    // Writes what it drafts after each row, and what the rows are after that: `token_ids`, `states`
-    // and `positions`.
-    void draft(Array token_ids, Array states, Array positions, Array page_tables, Array kv,
-               const std::string& kv_dtype, int64_t page_size, Array lengths, Array ids,
-               Array drafts) {
-        DecoderStep step = step_of(token_ids, states, positions, page_tables, kv, kv_dtype, page_size);
-        const int64_t rows = step.rows.rows, longest = size(drafts, "drafts", 2, 1);
-        if (step.rows.sequences != rows) refuse("page_tables", "have a row for each token");
-        const auto* number = data<int64_t>(lengths, "lengths", {rows});
-        for (int64_t row = 0; row < rows; ++row)
-            if (number[row] < 0 || number[row] > (row ? number[row - 1] : longest))
-                refuse("lengths", "fit the drafts and not ascend");
-        const auto* known = data<int64_t>(ids, "ids", {weights_.head.outputs});
-        for (int64_t i = 0; i < weights_.head.outputs; ++i)
-            check_index("ids", known[i], weights_.embedding.outputs);
-        auto* tokens = data<int64_t>(token_ids, "token_ids", {rows});
-        auto* at = data<int64_t>(positions, "positions", {rows});
-        auto* out = data<int64_t>(drafts, "drafts", {rows, longest});
-        std::vector<int64_t> each(size_t(rows + 1));
-        for (int64_t row = 0; row <= rows; ++row) each[size_t(row)] = row;
-        std::vector<int32_t> best(static_cast<size_t>(rows));
-        step.rows.query_starts = step.wanted = each.data();
-        step.best_ids = best.data();
-        step.hidden = data<float>(states, "states", {rows, shape_.width});
-        for (int64_t row = 0; row < rows; ++row)
-            if (at[row] < 0 || at[row] > max_positions_ - number[row])
+    // What it drafts after each row, going on from what it said.
+    std::vector<std::vector<int64_t>> draft(std::vector<int64_t> token_ids, const std::vector<Array>& states,
+                                            std::vector<int64_t> positions,
+                                            const Tables& page_tables, const Array& kv,
+                                            const std::string& kv_dtype, int64_t page_size,
+                                            const std::vector<int64_t>& lengths) {
+        const int64_t rows = int64_t(token_ids.size()), width = shape_.width;
+        if (!goes_on_) refuse("states", "be given if the weights go on from some");
+        for (size_t size : {states.size(), positions.size(), page_tables.size(), lengths.size()})
+            if (int64_t(size) != rows)
+                refuse("token_ids", "be as many as states, positions, page_tables and lengths");
+        for (int64_t row = 0; row < rows; ++row) {
+            if (lengths[row] < 0 || (row && lengths[row] > lengths[row - 1]))
+                refuse("lengths", "be at least 0 and not ascend");
+            if (positions[row] < 0 || positions[row] > max_positions_ - lengths[row])
                 refuse("positions", "leave room for the drafts");
-        step.logit_rows = 0;
+        }
+        const PaddedTables tables(page_tables);
+        std::vector<float> hidden(size_t(rows * width));
+        std::vector<int64_t> each(size_t(rows + 1));
+        for (int64_t row = 0; row <= rows; ++row) each[row] = row;
+        for (int64_t row = 0; row < rows; ++row)
+            std::copy_n(data<float>(states[row], "states", {width}), width, hidden.begin() + row * width);
+        std::vector<int32_t> best(token_ids.size());
+        DecoderStep step = in_pages(kv, kv_dtype, page_size);
+        step.rows = {positions.data(), each.data(), tables.slots.data(), rows, rows, tables.most};
+        step.token_ids = token_ids.data();
+        step.states = step.hidden = hidden.data();
+        step.wanted = each.data();
+        step.best_ids = best.data();
         check(step);
+        std::vector<std::vector<int64_t>> drafts(token_ids.size());
         nb::gil_scoped_release released;
-        for (int64_t depth = 0, left = rows; depth < longest; ++depth) {
-            while (left > 0 && number[left - 1] <= depth) --left;
+        for (int64_t depth = 0, left = rows;; ++depth) {
+            while (left > 0 && lengths[left - 1] <= depth) --left;
+            if (left == 0) return drafts;
             step.rows.rows = step.rows.sequences = step.logit_rows = left;
             decoder_.run(step);
             for (int64_t row = 0; row < left; ++row) {
-                const int64_t token = best[row] < 0 ? -1 : known[best[row]];
-                out[row * longest + depth] = token;
-                tokens[row] = larger_of(token, 0);  // after what is no token nothing is used
-                ++at[row];
+                const int64_t token = best[row] < 0 ? -1 : ids_[best[row]];
+                drafts[row].push_back(token);
+                token_ids[row] = larger_of(token, 0);  // after what is no token nothing is used
+                ++positions[row];
             }
         }
     }
 
 private:
-    // What every kind of step has; of `rows`, all but where sequences start.
-    DecoderStep step_of(const Array& token_ids, const std::optional<Array>& states,
-                        const Array& positions, const Array& page_tables, const Array& kv,
-                        const std::string& kv_dtype, int64_t page_size) const {
-        const int64_t rows = size(token_ids, "token_ids", 1, 0);
-        const int64_t sequences = size(page_tables, "page_tables", 2, 0);
-        const int64_t max_pages = size(page_tables, "page_tables", 2, 1);
+    // A step without rows.
+    DecoderStep in_pages(const Array& kv, const std::string& kv_dtype, int64_t page_size) const {
         DecoderStep step{};
-        step.rows = {data<int64_t>(positions, "positions", {rows}), nullptr,
-                     data<int32_t>(page_tables, "page_tables", {sequences, max_pages}),
-                     rows, sequences, max_pages};
-        step.token_ids = data<int64_t>(token_ids, "token_ids", {rows});
-        if (states.has_value() != goes_on_)
-            refuse("states", "be given if the weights go on from some");
-        if (states) step.states = data<float>(*states, "states", {rows, shape_.width});
         step.pages = pages_of(kv, weights_.first_layer, kv_dtype, page_size, shape_.head_dim);
         const int64_t layers = weights_.first_layer + int64_t(weights_.layers.size());
         const int64_t found = kv.shape(1);
@@ -258,6 +279,10 @@ private:
             out.state_norm = vector_of(states, "state_norm", shape_.width);
             out.token_norm = vector_of(states, "token_norm", shape_.width);
             out.first_layer = nb::cast<int64_t>(states.attr("first_layer"));
+            const auto ids = nb::cast<Array>(states.attr("ids"));
+            const auto* first = data<int64_t>(ids, "ids", {out.head.outputs});
+            ids_.assign(first, first + out.head.outputs);
+            for (int64_t id : ids_) check_index("ids", id, out.embedding.outputs);
         }
         return out;
     }
@@ -292,6 +317,7 @@ private:
     nb::object owner_;
     int64_t max_positions_ = 0;
     bool goes_on_ = false;
+    std::vector<int64_t> ids_;  // that the head's outputs stand for, if it goes on
     DecoderShape shape_;
     DecoderWeights weights_;
     Decoder decoder_;
@@ -317,10 +343,10 @@ void bind_decoder(nb::module_& m) {
         .def(nb::init<nb::object>(), "weights"_a)
         .def("forward", &HeldDecoder::forward, "token_ids"_a, "states"_a.none(), "positions"_a,
              "query_starts"_a, "page_tables"_a, "kv"_a, "kv_dtype"_a, "page_size"_a,
-             "logit_rows"_a, "logits"_a.none(), "best_ids"_a, "hidden"_a = nb::none(), "layers_done"_a = nb::none(),
+             "logit_rows"_a, "logits"_a.none(), "hidden"_a = nb::none(), "layers_done"_a = nb::none(),
              "mark_every"_a = 1, "progress_event"_a = -1)
-        .def("draft", &HeldDecoder::draft, "token_ids"_a, "states"_a, "positions"_a,
-             "page_tables"_a, "kv"_a, "kv_dtype"_a, "page_size"_a, "lengths"_a, "ids"_a, "drafts"_a);
+        .def("draft", &HeldDecoder::draft, "token_ids"_a, "states"_a, "positions"_a, "page_tables"_a, "kv"_a,
+             "kv_dtype"_a, "page_size"_a, "lengths"_a);
 }
 
 }  // namespace quire

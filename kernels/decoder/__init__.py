@@ -7,6 +7,7 @@ program of fused phases with the same arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 from kernels import dispatch
 from kernels.layout import PageLayout
 from kernels.packed_matrix import TILE_OUTPUTS, PackedMatrix, round_up
-from kernels.ragged import RaggedBatch
+from kernels.ragged import RaggedBatch, Said
 
 FEED_FORWARD_BLOCK = 128
-Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
 
 
 def qkv_rows(num_heads: int, head_dim: int) -> torch.Tensor:
@@ -68,13 +69,14 @@ class StateInputs:
 
     A row begins as ``from_state norm(hidden row of the token before it) + from_token
     norm(embedding)``, as in EAGLE (Li et al., 2024, arXiv:2401.15077); its layers are the pages'
-    from ``first_layer`` on.
+    from ``first_layer`` on. ``ids`` are the tokens that its head's outputs stand for.
     """
 
     state_norm: torch.Tensor  # [H]
     token_norm: torch.Tensor  # [H]
     from_state: PackedMatrix  # [H, H]
     from_token: PackedMatrix  # [H, H]
+    ids: torch.Tensor  # [V] int64
     first_layer: int
 
 
@@ -106,12 +108,14 @@ class DecoderWeights:
 
 @dataclass(frozen=True, slots=True)
 class DraftRows:
-    """The last token of each of ``B`` sequences, its predecessor's state, where it stands."""
+    """The last token of each of ``B`` sequences, its predecessor's state, where it stands, and the
+    sequence's page slots from position 0 on. No arrays but the states: a draft takes less time than
+    it takes to make a few of those from cold caches."""
 
-    tokens: Int64  # [B]
-    states: NDArray[np.float32]  # [B, H]
-    positions: Int64  # [B]
-    tables: NDArray[np.int32]  # [B, pages], as a ragged batch has them
+    tokens: Sequence[int]  # [B]
+    states: Sequence[Float32]  # B of [H]
+    positions: Sequence[int]  # [B]
+    tables: Sequence[Sequence[int]]  # B of any number
 
     def first(self, number: int) -> DraftRows:
         """The first so many of them."""
@@ -122,23 +126,27 @@ class DraftRows:
             self.tables[:number],
         )
 
-    def batch(self, best_only: bool, hidden: NDArray[np.float32]) -> RaggedBatch:
+    def after(self, tokens: Sequence[int], states: Sequence[Float32]) -> DraftRows:
+        """Those one position further on."""
+        return DraftRows(tokens, states, [each + 1 for each in self.positions], self.tables)
+
+    def batch(self, best_only: bool, hidden: Float32) -> RaggedBatch:
         """As rows of a step whose new states are written to ``hidden [B, H]``."""
-        starts = np.arange(len(self.tokens) + 1)
+        each = range(len(self.tokens))
         return RaggedBatch(
             token_ids=self.tokens,
             positions=self.positions,
-            query_starts=starts,
+            query_starts=[*each, len(each)],
             page_tables=self.tables,
-            logit_rows=starts[:-1],
+            logit_rows=each,
             best_only=best_only,
             hidden=hidden,
-            states=self.states,
+            states=np.stack(self.states),
         )
 
 
 class Decoder(Protocol):
-    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> Said:
         """Writes K and V of every row into its page; logits ``[R, V]`` fp32 of ``logit_rows``.
 
         Tells the batch's ``progress`` as keys and values of its layers are written, whoever runs.
@@ -154,14 +162,11 @@ class Decoder(Protocol):
         ...
 
     def draft(
-        self, rows: DraftRows, lengths: Int64, ids: Int64, kv: torch.Tensor, layout: PageLayout
-    ) -> Int64:
-        """Of weights with ``states``: what they say after each row, ``lengths [B]`` times, each
-        time going on from what they said; ``[B, longest]``, -1 where a logit was not finite,
-        undefined beyond a row's length. ``lengths`` do not ascend.
-
-        ``ids [V]`` are the tokens that the head's outputs stand for. Raises as ``forward``.
-        """
+        self, rows: DraftRows, lengths: Sequence[int], kv: torch.Tensor, layout: PageLayout
+    ) -> list[list[int]]:
+        """Of weights with ``states``: the tokens they say after each row, ``lengths [B]`` of them,
+        each going on from the one before; -1 where a logit was not finite. ``lengths`` do not
+        ascend. Raises as ``forward``."""
         ...
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from kernels import _native
-from kernels.decoder import Decoder, DecoderWeights, DraftRows, Int64
+from kernels.decoder import Decoder, DecoderWeights, DraftRows
 from kernels.layout import PageLayout
 from kernels.packed_matrix import PackedMatrix
 from kernels.progress import LayerProgress
-from kernels.ragged import RaggedBatch
+from kernels.ragged import RaggedBatch, Said
+
+_Pool = tuple[NDArray[np.uint8], str, int]
+"""Its memory, the elements' type, and tokens per page."""
 
 
 def decoder(weights: DecoderWeights) -> Decoder:
@@ -28,56 +32,46 @@ class NativeDecoder:
         native.states = None if weights.states is None else _native_form(weights.states)
         native.width = weights.width
         self._decoder = _native.Decoder(native)
-        self._seen: tuple[torch.Tensor, NDArray[np.uint8]] | None = None
+        self._seen: tuple[torch.Tensor, PageLayout, _Pool] | None = None
 
-    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-        layout.check_lanes()
+    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> Said:
+        given = batch.given
+        # As numpy arrays: their memory is asked for without a detour through Python (DLPack).
         logits = None
         if not batch.best_only:
-            logits = torch.empty(len(batch.logit_rows), self._vocab_size)
-        best = np.empty(len(batch.logit_rows), dtype=np.int32)
-        # As numpy arrays: their memory is asked for without a detour through Python (DLPack).
-        self._decoder.forward(
-            batch.token_ids,
+            logits = np.empty((batch.num_logits, self._vocab_size), dtype=np.float32)
+        best = self._decoder.forward(
+            given["token_ids"],
             batch.states,
-            batch.positions,
-            batch.query_starts,
-            batch.page_tables,
-            self._array(kv),
-            layout.kv_dtype,
-            layout.page_size,
-            batch.logit_rows,
-            None if logits is None else logits.numpy(),
-            best,
+            given["positions"],
+            given["query_starts"],
+            given["page_tables"],
+            *self._pool(kv, layout),
+            given["logit_rows"],
+            logits,
             batch.hidden,
             *_told(batch.progress),
         )
-        return torch.from_numpy(best) if logits is None else logits
+        return best if logits is None else torch.from_numpy(logits)
 
     def draft(
-        self, rows: DraftRows, lengths: Int64, ids: Int64, kv: torch.Tensor, layout: PageLayout
-    ) -> Int64:
-        layout.check_lanes()
-        drafts = np.empty((len(lengths), int(lengths.max(initial=0))), dtype=np.int64)
-        self._decoder.draft(
-            rows.tokens.copy(),
-            rows.states.copy(),
-            rows.positions.copy(),
+        self, rows: DraftRows, lengths: Sequence[int], kv: torch.Tensor, layout: PageLayout
+    ) -> list[list[int]]:
+        return self._decoder.draft(
+            rows.tokens,
+            rows.states,
+            rows.positions,
             rows.tables,
-            self._array(kv),
-            layout.kv_dtype,
-            layout.page_size,
+            *self._pool(kv, layout),
             lengths,
-            ids,
-            drafts,
         )
-        return drafts
 
-    def _array(self, kv: torch.Tensor) -> NDArray[np.uint8]:
-        """The pool for numpy, which is the same at nearly every step."""
-        if self._seen is None or self._seen[0] is not kv:
-            self._seen = kv, kv.numpy()
-        return self._seen[1]
+    def _pool(self, kv: torch.Tensor, layout: PageLayout) -> _Pool:
+        """What tells the kernels of the pool, which is the same at nearly every step."""
+        if self._seen is None or self._seen[0] is not kv or self._seen[1] is not layout:
+            layout.check_lanes()
+            self._seen = kv, layout, (kv.numpy(), layout.kv_dtype, layout.page_size)
+        return self._seen[2]
 
 
 def _told(progress: LayerProgress | None) -> tuple[torch.Tensor | None, int, int]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -9,14 +11,13 @@ from kernels.decoder import (
     DecoderLayer,
     DecoderWeights,
     DraftRows,
-    Int64,
 )
 from kernels.embedding.reference import embedding
 from kernels.kv_write.reference import kv_write
 from kernels.layout import PageLayout
 from kernels.linear.reference import linear
 from kernels.paged_attention.reference import paged_attention
-from kernels.ragged import RaggedBatch, best_ids, row_slots
+from kernels.ragged import RaggedBatch, Said, best_ids, row_slots
 from kernels.rms_norm.reference import rms_norm
 from kernels.rope.reference import rope
 from kernels.silu_mul.reference import silu_mul
@@ -30,7 +31,7 @@ class ReferenceDecoder:
     def __init__(self, weights: DecoderWeights) -> None:
         self._weights = weights
 
-    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> Said:
         weights, step = self._weights, _Step(batch, kv, layout)
         hidden = self._first(batch)  # [T, H]
         first_layer = 0 if weights.states is None else weights.states.first_layer
@@ -45,9 +46,10 @@ class ReferenceDecoder:
         return best_ids(logits) if batch.best_only else logits
 
     def draft(
-        self, rows: DraftRows, lengths: Int64, ids: Int64, kv: torch.Tensor, layout: PageLayout
-    ) -> Int64:
-        return draft_by_steps(self, rows, lengths, ids, kv, layout)
+        self, rows: DraftRows, lengths: Sequence[int], kv: torch.Tensor, layout: PageLayout
+    ) -> list[list[int]]:
+        assert self._weights.states is not None
+        return draft_by_steps(self, rows, lengths, self._weights.states.ids, kv, layout)
 
     def _first(self, batch: RaggedBatch) -> torch.Tensor:
         rows = embedding(torch.from_numpy(batch.token_ids), self._weights.embedding)
@@ -105,20 +107,22 @@ class ReferenceDecoder:
 def draft_by_steps(
     decoder: Decoder,
     rows: DraftRows,
-    lengths: Int64,
-    ids: Int64,
+    lengths: Sequence[int],
+    ids: torch.Tensor,
     kv: torch.Tensor,
     layout: PageLayout,
-) -> Int64:
+) -> list[list[int]]:
     """``Decoder.draft``, a forward for each draft."""
-    drafts = np.full((len(lengths), int(lengths.max(initial=0))), -1)
-    for depth in range(drafts.shape[1]):
-        rows = rows.first(int((lengths > depth).sum()))
-        states = np.empty_like(rows.states)
-        best = decoder.forward(rows.batch(True, states), kv, layout).numpy()
-        tokens = np.where(best < 0, -1, ids[best])
-        drafts[: len(tokens), depth] = tokens
-        rows = DraftRows(np.maximum(tokens, 0), states, rows.positions + 1, rows.tables)
+    drafts: list[list[int]] = [[] for _ in lengths]
+    for depth in range(max(lengths, default=0)):
+        rows = rows.first(sum(length > depth for length in lengths))
+        states = np.empty((len(rows.tokens), len(rows.states[0])), dtype=np.float32)
+        best = decoder.forward(rows.batch(True, states), kv, layout)
+        assert isinstance(best, list)
+        tokens = [-1 if index < 0 else int(ids[index]) for index in best]
+        for draft, token in zip(drafts, tokens, strict=False):
+            draft.append(token)
+        rows = rows.after([max(token, 0) for token in tokens], list(states))
     return drafts
 
 

@@ -23,7 +23,7 @@ from engine.serving import server as serving
 from engine.serving import worker as worker_module
 from engine.serving.worker import Worker
 from kernels.layout import PageLayout
-from kernels.ragged import RaggedBatch
+from kernels.ragged import RaggedBatch, Said
 from kvstore.index.redis import RedisPageIndex
 from kvstore.ledger import PageState
 from prefill_svc.__main__ import PrefillWorker
@@ -48,7 +48,7 @@ class GatedModel:
     def spec(self) -> ModelSpec:
         return self._model.spec
 
-    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> Said:
         self.num_steps += 1
         assert self.gate.wait(60), "a test forgot to open the gate"
         if self.fail_on is not None and bool((batch.token_ids == self.fail_on).any()):

@@ -19,7 +19,7 @@ from engine.mailbox import AsyncEngine
 from engine.remote import AsyncRemoteEngine
 from engine.sampling_params import SamplingParams
 from kernels.layout import PageLayout
-from kernels.ragged import RaggedBatch
+from kernels.ragged import RaggedBatch, Said
 from quire.v1 import inference_pb2 as pb
 from tests.faults.link import Link
 from tests.integration.cluster import Node, keep_silent_connections, running, until
@@ -367,7 +367,7 @@ async def test_a_request_that_brings_two_workers_down_is_not_tried_on_a_third(
 def _crash_on(node: Node, token: int) -> None:
     forward = node.model.forward
 
-    def crashing(batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    def crashing(batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> Said:
         if bool((batch.token_ids == token).any()):
             raise Crash
         return forward(batch, kv, layout)

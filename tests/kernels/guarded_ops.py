@@ -196,11 +196,10 @@ def decoder(
     kv = garbage(memory, layout, 2)
 
     def run(weights: DecoderWeights, batch: RaggedBatch, wants_logits: bool) -> list[torch.Tensor]:
-        rows, batch = batch.num_rows, placed(memory, batch)
-        best = memory.room(rows, dtype=torch.int32)
-        logits = memory.room(rows, VOCABULARY) if wants_logits else None
-        hidden = memory.room(rows, weights.width)
-        native_decoder(weights)._decoder.forward(
+        batch = placed(memory, batch)
+        logits = memory.room(batch.num_logits, VOCABULARY) if wants_logits else None
+        hidden = memory.room(batch.num_logits, weights.width)
+        best = native_decoder(weights)._decoder.forward(
             batch.token_ids,
             batch.states,
             batch.positions,
@@ -211,21 +210,23 @@ def decoder(
             page_size,
             batch.logit_rows,
             logits,
-            best,
             hidden,
         )
-        return [best, hidden] if logits is None else [best, hidden, logits]
+        return [torch.tensor(best), hidden, *([] if logits is None else [logits])]
 
     def draft(weights: DecoderWeights, batch: RaggedBatch) -> list[torch.Tensor]:
-        batch = placed(memory, batch)
-        rows = [batch.token_ids, batch.states, batch.positions]
-        numbers = memory.put(torch.tensor([1, 1]))
-        ids = memory.put(torch.arange(weights.head.outputs))
-        drafts = memory.room(2, 1, dtype=torch.int64)
-        native_decoder(weights)._decoder.draft(
-            *rows, batch.page_tables, kv, kv_dtype, page_size, numbers, ids, drafts
+        states = [memory.put(torch.from_numpy(row)).numpy() for row in batch.states]
+        drafts = native_decoder(weights)._decoder.draft(
+            batch.token_ids,
+            states,
+            batch.positions,
+            batch.page_tables,
+            kv,
+            kv_dtype,
+            page_size,
+            [1, 1],
         )
-        return [drafts]
+        return [torch.tensor(drafts)]
 
     written = [kv]
     written += run(weights, two_sequences(end - rows, end - rows, page_size), False)

@@ -211,11 +211,10 @@ def step_arguments(weights, **changes):
     """One row of a valid step, changed."""
     layout = PageLayout(len(weights.layers), weights.num_kv_heads, weights.head_dim, 16, "fp32")
     batch = ragged([Rows(TOKENS[:3], 0, [1])], [2])
-    fields = {name: getattr(batch, name) for name in RaggedBatch.__slots__}
     kv = torch.zeros(
         2, layout.num_layers, layout.num_kv_heads, layout.head_bytes, dtype=torch.uint8
     )
-    return RaggedBatch(**(fields | changes)), kv, layout
+    return replace(batch, **changes), kv, layout
 
 
 @pytest.mark.parametrize(
@@ -228,6 +227,8 @@ def step_arguments(weights, **changes):
         ("page_tables", np.array([[2]], dtype=np.int32)),
         ("page_tables", np.array([[-1]], dtype=np.int32)),
         ("logit_rows", np.array([3])),
+        ("positions", np.array([0, 1])),
+        ("query_starts", np.array([0, 1, 3])),
     ],
 )
 def test_a_row_that_does_not_fit_is_refused_by_name_and_writes_nothing(name, value):
@@ -268,7 +269,35 @@ def test_the_best_ids_are_those_of_the_logits(made):
     batch, kv, layout = step_arguments(weights, logit_rows=np.array([0, 1, 2]))
     logits = made(weights).forward(batch, kv, layout)
     ids = made(weights).forward(replace(batch, best_only=True), kv, layout)
-    assert ids.tolist() == logits.argmax(dim=1).tolist()
+    assert ids == logits.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize("made", [native_decoder, reference_decoder])
+def test_numbers_may_be_given_as_sequences_of_any_length(made):
+    weights = make("int8")
+    tables = [(0,), (1, 2)]
+    run = PagedRun(Runnable(made, weights, "bf16"), 1, 48)
+    layout = run.layout
+    shape = (3, layout.num_layers, layout.num_kv_heads, layout.head_bytes)
+    given = RaggedBatch(
+        token_ids=TOKENS[:20],
+        positions=[*range(3), *range(17)],
+        query_starts=[0, 3, 20],
+        page_tables=tables,
+        logit_rows=[2, 19],
+    )
+    kv = torch.zeros(shape, dtype=torch.uint8)
+    found = made(weights).forward(given, kv, layout)
+    arrays = RaggedBatch(
+        token_ids=np.array(TOKENS[:20]),
+        positions=np.array([*range(3), *range(17)]),
+        query_starts=np.array([0, 3, 20]),
+        page_tables=np.array([[0, -1], [1, 2]], dtype=np.int32),
+        logit_rows=np.array([2, 19]),
+    )
+    assert same_bits(made(weights).forward(arrays, torch.zeros_like(kv), layout), found)
+    assert given.page_tables.tolist() == [[0, -1], [1, 2]]
+    assert (given.num_rows, given.num_sequences, given.num_logits) == (20, 2, 2)
 
 
 @pytest.mark.parametrize("made", [native_decoder, reference_decoder])
@@ -293,6 +322,7 @@ def going_on(mode, weights):
         token_norm=weights.layers[0].attention_norm,
         from_state=PACKERS[mode](square[0]),
         from_token=PACKERS[mode](square[1]),
+        ids=torch.randperm(VOCABULARY, generator=generator),
         first_layer=len(weights.layers) - 1,
     )
     return replace(weights, layers=weights.layers[:1], states=states)
@@ -366,29 +396,24 @@ def drafting(mode="int8", lengths=(4, 2, 2)):
         len(run.memory), run.layout.num_layers, run.layout.num_kv_heads, run.layout.head_bytes
     )
     generator = torch.Generator().manual_seed(6)
-    most = max(map(len, run.pages))
     rows = DraftRows(
-        tokens=np.array(TOKENS[50:53]),
-        states=torch.randn(3, weights.width, generator=generator).numpy(),
-        positions=np.array([run.lengths[number] for number in range(3)]),
-        tables=np.array(
-            [[*run.pages[n], *[-1] * (most - len(run.pages[n]))] for n in range(3)], dtype=np.int32
-        ),
+        tokens=TOKENS[50:53],
+        states=list(torch.randn(3, weights.width, generator=generator).numpy()),
+        positions=[run.lengths[number] for number in range(3)],
+        tables=[run.pages[number] for number in range(3)],
     )
-    ids = torch.randperm(VOCABULARY, generator=generator).numpy()
-    return going_on(mode, weights), rows, np.array(lengths), ids, kv, run.layout
+    return going_on(mode, weights), rows, list(lengths), kv, run.layout
 
 
 def test_drafts_of_one_call_are_those_of_a_forward_each():
     weights, rows, lengths, *rest = drafting()
     decoder = native_decoder(weights)
-    expected = draft_by_steps(decoder, rows, lengths, *rest)
+    expected = draft_by_steps(decoder, rows, lengths, weights.states.ids, *rest)
     found = decoder.draft(rows, lengths, *rest)
-    assert len(set(map(tuple, expected.tolist()))) == 3
-    for length, ours, theirs in zip(lengths, found, expected, strict=True):
-        assert ours[:length].tolist() == theirs[:length].tolist()
-    alone = decoder.draft(rows.first(1), lengths[:1], *rest)
-    assert alone[0].tolist() == found[0].tolist()
+    assert len(set(map(tuple, expected))) == 3
+    assert [*map(len, found)] == lengths
+    assert found == expected
+    assert decoder.draft(rows.first(1), lengths[:1], *rest) == found[:1]
 
 
 def test_drafts_stop_where_logits_are_no_numbers():
@@ -397,7 +422,7 @@ def test_drafts_stop_where_logits_are_no_numbers():
     norm[5] = torch.nan
     for made in (native_decoder, reference_decoder):
         found = made(replace(weights, norm=norm)).draft(*rest)
-        assert found[0].tolist() == [-1] * 4
+        assert found[0] == [-1] * 4
 
 
 @pytest.mark.parametrize(
@@ -405,10 +430,12 @@ def test_drafts_stop_where_logits_are_no_numbers():
     [
         ("lengths", (1, 2, 2), {}),
         ("lengths", (1, 1, -1), {}),
-        ("positions", (1, 1, 1), {"positions": np.array([20, 25, 1 << 40])}),
-        ("token_ids", (1, 1, 1), {"tokens": np.array([1, 2, VOCABULARY])}),
-        ("page_tables", (1, 1, 1), {"tables": np.array([[0], [1]], dtype=np.int32)}),
-        ("states", (1, 1, 1), {"states": np.zeros((3, 2), dtype=np.float32)}),
+        ("positions", (1, 1, 1), {"positions": [20, 25, 1 << 40]}),
+        ("token_ids", (1, 1, 1), {"tokens": [1, 2, VOCABULARY]}),
+        ("page_tables", (1, 1, 1), {"tables": [[0, 0], [1, 1], [1 << 20, 0]]}),
+        ("token_ids", (1, 1, 1), {"tables": [[0], [1]]}),
+        ("token_ids", (1, 1), {}),
+        ("states", (1, 1, 1), {"states": [np.zeros(2, dtype=np.float32)] * 3}),
     ],
 )
 def test_draft_rows_that_do_not_fit_are_refused_by_name(name, lengths, change):
@@ -418,9 +445,11 @@ def test_draft_rows_that_do_not_fit_are_refused_by_name(name, lengths, change):
 
 
 def test_drafted_ids_that_are_no_tokens_are_refused_by_name():
-    weights, rows, lengths, ids, *rest = drafting()
-    with pytest.raises(ValueError, match=r"^ids must"):
-        native_decoder(weights).draft(rows, lengths, ids + 1, *rest)
+    weights = going_on("int8", make("int8"))
+    for ids in (weights.states.ids + 1, weights.states.ids[:-1]):
+        states = replace(weights.states, ids=ids)
+        with pytest.raises(ValueError, match=r"^ids must"):
+            native_decoder(replace(weights, states=states))
 
 
 @pytest.mark.parametrize("made", [native_decoder, reference_decoder])
@@ -449,12 +478,12 @@ def test_the_best_id_of_a_row_that_is_not_numbers_is_none(made):
     norm = weights.norm.clone()
     norm[5] = torch.inf
     batch, kv, layout = step_arguments(weights, best_only=True)
-    assert made(replace(weights, norm=norm)).forward(batch, kv, layout).tolist() == [-1]
+    assert made(replace(weights, norm=norm)).forward(batch, kv, layout) == [-1]
 
 
 def test_the_first_of_equal_logits_is_the_best():
     logits = torch.tensor([[1.0, 3, 3], [2, 2, -torch.inf], [-1, -1, -1], [torch.nan, 0, 0]])
-    assert best_ids(logits).tolist() == [1, -1, 0, -1]
+    assert best_ids(logits) == [1, -1, 0, -1]
 
 
 class Watched(LayerProgress):

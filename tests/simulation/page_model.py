@@ -15,7 +15,7 @@ from engine.model import ModelSpec
 from engine.model.hash_model import END, MAX_CONTEXT, VOCAB_SIZE, HashTokenizer
 from engine.model.load import LoadedModel
 from kernels.layout import LANES, PageLayout
-from kernels.ragged import RaggedBatch
+from kernels.ragged import RaggedBatch, Said
 
 NUM_LAYERS, HEAD_DIM = 2, 2
 _END_EVERY = 64  # tokens, on average
@@ -40,7 +40,7 @@ class PageModel:
         weight_bytes=1,
     )
 
-    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    def forward(self, batch: RaggedBatch, kv: torch.Tensor, layout: PageLayout) -> Said:
         keys, values = _views(kv, layout)
         tables, positions = batch.page_tables, batch.positions
         owner = np.arange(len(tables)).repeat(np.diff(batch.query_starts))
@@ -55,7 +55,7 @@ class PageModel:
             slots = tables[owner[row], : -(-length // layout.page_size)]
             seeds.append(_digest(keys[slots], values[slots], length))
         if batch.best_only:
-            return torch.from_numpy(np.array([_best(seed) for seed in seeds], np.int32))
+            return [_best(seed) for seed in seeds]
         return torch.from_numpy(np.stack([_logits(seed) for seed in seeds]))
 
 

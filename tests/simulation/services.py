@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import queue
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -45,10 +44,11 @@ class Inbox:
         self._commands.append(command)
         self._wake()
 
-    def get(self, block: bool) -> Command | None:
-        if not self._commands:
-            raise queue.Empty
+    def get(self) -> Command | None:
         return self._commands.popleft()
+
+    def empty(self) -> bool:
+        return not self._commands
 
 
 class VirtualEngineWorker(EngineWorker):
@@ -109,7 +109,7 @@ class VirtualEngineWorker(EngineWorker):
             self.stop()
             return
         self.stepped(process, self._core)
-        if busy or self._commands._commands:  # type: ignore[attr-defined]
+        if busy or not self._commands.empty():
             self._wake()
 
     def _deliver_later(self, outputs: list[Output]) -> None:

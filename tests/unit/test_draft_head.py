@@ -136,16 +136,11 @@ def test_a_head_drafts_as_it_was_taught(tiny: LoadedModel, memory: PageMemory) -
         drafter.extend("a", [int(whole[end])], state)
         rows = drafter.rows(["a"])
         for depth, logits in enumerate(expected, 1):
-            assert rows.tokens.tolist() == [int(whole[end + depth - 1])]
+            assert rows.tokens == [int(whole[end + depth - 1])]
             found, state = drafter.run(rows)
             error = (torch.from_numpy(found[0]) - logits[text, start]).abs()
             assert error.mean() < 0.1 * logits[text, start].std()  # 8 bits against 32
-            rows = replace(
-                rows,
-                tokens=whole[end + depth : end + depth + 1].numpy(),
-                states=state,
-                positions=rows.positions + 1,
-            )
+            rows = rows.after([int(whole[end + depth])], [*state])
 
 
 def test_a_head_drafts_for_several_sequences_what_it_drafts_for_each(
