@@ -9,8 +9,11 @@ namespace quire {
 
 namespace {
 
-// Longer than the gap between two phases, much shorter than a time slice.
+// Longer than the gap between two phases.
 constexpr auto kSpin = std::chrono::microseconds(100);
+// Longer than most gaps between two jobs of one step after the other: to wake a thread takes long,
+// and the phases until it is awake have a thread less.
+constexpr auto kYield = std::chrono::microseconds(500);
 constexpr int kSpinsBeforeYield = 1000;
 constexpr uint64_t kNone = uint64_t(1) << 31;
 
@@ -115,9 +118,14 @@ void ThreadPool::serve(int thread) {
         if (take_unit(thread)) {
             spins = 0;
             idle_since = Clock::now();
-        } else if (spins % 64 == 63 && Clock::now() - idle_since > kSpin) {
-            sleep();
-            idle_since = Clock::now();
+        } else if (spins % 64 == 63) {
+            const auto idle = Clock::now() - idle_since;
+            if (idle > kYield) {
+                sleep();
+                idle_since = Clock::now();
+            } else if (idle > kSpin) {
+                std::this_thread::yield();  // whoever else needs the core has it
+            }
         } else {
             relax();
         }
