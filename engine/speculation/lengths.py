@@ -120,10 +120,16 @@ def _by_rows(per_token: Mapping[int, float]) -> list[float]:
     return [0.0, *(_between(rows, seconds, each) for each in range(1, max(rows, default=0) + 1))]
 
 
-def _expected(rate: float, most: int) -> float:
+def _expected(rate: float, most: int, shape: Sequence[float]) -> float:
     """Of so many drafts in a row, each right with this chance if those before it were, how many are
     right."""
-    return float(most) if rate >= 1 else rate * (1 - rate**most) / (1 - rate)
+    total, right = 0.0, 1.0
+    for factor in shape[:most]:
+        right *= min(rate * factor, 1.0)
+        total += right
+    last = min(rate * shape[-1], 1.0) if shape else rate
+    more = max(most - len(shape), 0)
+    return total + right * (more if last >= 1 else last * (1 - last**more) / (1 - last))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,18 +149,30 @@ def best_lengths(
     draft_s: Callable[[int], float] = lambda longest: 0.0,
     contexts: Sequence[int] = (),
     attention_s: float = 0.0,
+    shape: Sequence[float] = (),
 ) -> Lengths:
     """For a step that brings ``num_tokens`` with ``num_rows`` rows and ``attention_s`` anyway.
 
     ``rates`` are the chances that a draft is right, ``most`` how many there are or may be; making
     them takes ``draft_s(longest)``. ``contexts`` are the sequences' tokens, none if not given.
+    ``shape`` is by how much the chance differs at the first, second, ... position of a draft; the
+    last one counts for all behind it.
     """
     lengths, best = [0] * len(rates), [0] * len(rates)
     tokens = float(num_tokens)
-    most_tokens = tokens + sum(map(_expected, rates, most))
+    most_tokens = tokens + sum(
+        _expected(rate, number, shape) for rate, number in zip(rates, most, strict=True)
+    )
     without = times.seconds(num_rows, attention_s) / tokens
     least = (1 - _LEAST_GAIN) * without
-    gains = [(-rate, index) for index, rate in enumerate(rates) if most[index] > 0]
+
+    def chance(index: int) -> float:
+        """Of a sequence's next draft to be right."""
+        if not shape:
+            return rates[index]
+        return min(rates[index] * shape[min(lengths[index], len(shape) - 1)], 1.0)
+
+    gains = [(-chance(index), index) for index in range(len(rates)) if most[index] > 0]
     heapq.heapify(gains)
     rows, longest = num_rows, 0
     while gains:
@@ -173,6 +191,6 @@ def best_lengths(
         if took < least * tokens:
             least = took / tokens
             best = lengths.copy()
-        if lengths[index] < most[index] and -gain * rates[index] > _LEAST_CHANCE:
-            heapq.heappush(gains, (gain * rates[index], index))
+        if lengths[index] < most[index] and -(gain := gain * chance(index)) > _LEAST_CHANCE:
+            heapq.heappush(gains, (gain, index))
     return Lengths(best, without - least if any(best) else 0.0)

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 MOST_DRAFTS = 15
 _USUAL_STEP, _RETURN_STEP = 0.02, 0.001
+# Positions of a draft that are told apart; later ones are as good as the last of these.
+_POSITIONS = 4
 
 
 @dataclass(slots=True)
@@ -63,6 +65,7 @@ class Speculator:
         self._acceptance: dict[str, Acceptance] = {}
         self._contexts: dict[str, int] = {}  # tokens
         self._usual = proposer.expects
+        self._usual_at = [proposer.expects or 0.0] * _POSITIONS
         self._balance = Balance()
         self._rests = False
         self._token_s = 0.0
@@ -145,15 +148,26 @@ class Speculator:
 
     def _learn_usual(self, num_drafts: int, num_right: int) -> None:
         """What a proposer that says it beforehand promises is soon held against what came of all
-        sequences' drafts, and slowly believed again where it is not tried."""
+        sequences' drafts, also by their position, and slowly believed again where it is not
+        tried."""
         expects = self.proposer.expects
         if self._usual is None or expects is None:
             return
+        num_tried = min(num_right + 1, num_drafts)
         if num_drafts:
-            num_tried = num_right + (num_right < num_drafts)
             self._usual += _USUAL_STEP * (num_right - num_tried * self._usual)
         else:
             self._usual += _RETURN_STEP * (expects - self._usual)
+        for position, rate in enumerate(self._usual_at):
+            if position < num_tried:
+                self._usual_at[position] += _USUAL_STEP * ((position < num_right) - rate)
+            elif position >= num_drafts:
+                self._usual_at[position] += _RETURN_STEP * (expects - rate)
+
+    @property
+    def _shape(self) -> Sequence[float]:
+        """How much likelier than others the first drafts are right, the second, ..."""
+        return [rate / self._usual for rate in self._usual_at] if self._usual else ()
 
     @property
     def all_stats(self) -> tuple[SpeculationStats, ...]:
@@ -206,7 +220,9 @@ class Speculator:
             return 0.0
         if draft is not None:
             return self._rate(name, draft.confidence)
-        return 0.0 if self._usual is None else self._rate(name, self._usual)
+        if self._usual is None:
+            return 0.0
+        return self._rate(name, self._usual) * next(iter(self._shape), 1.0)
 
     def made(self, lengths: Mapping[str, int], num_rows: int) -> list[Drafted]:
         """Drafts as planned, for a step that has so many rows without them."""
@@ -266,6 +282,7 @@ class Speculator:
             return {}
         rates = [self._rate(name, confidence[name]) for name in most]
         num_tokens, num_rows = rows
+        shape = self._shape
 
         def best(num_rows: int) -> Lengths:
             return best_lengths(
@@ -277,6 +294,7 @@ class Speculator:
                 self.proposer.draft_s,
                 [self._contexts[name] for name in most],
                 self._attention_s(left) * num_tokens / len(left),  # others' are taken to be as long
+                shape,
             )
 
         found = best(num_rows)
