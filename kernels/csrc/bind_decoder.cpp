@@ -136,13 +136,13 @@ public:
     }
 
     // The best ids of the rows wanted. Numbers come as Python's own: arrays of a few cost more.
-    std::vector<int32_t> forward(const std::vector<int64_t>& token_ids, const std::optional<Array>& states,
-                                 const std::vector<int64_t>& positions,
-                                 const std::vector<int64_t>& query_starts, const Tables& page_tables,
-                                 const Array& kv, const std::string& kv_dtype, int64_t page_size,
-                                 const std::vector<int64_t>& logit_rows, const std::optional<Array>& logits,
-                                 const std::optional<Array>& hidden, const std::optional<Array>& layers_done,
-                                 int64_t mark_every, int progress_event) {
+    std::vector<int32_t> forward(
+        const std::vector<int64_t>& token_ids, const std::optional<Array>& states,
+        const std::vector<int64_t>& positions, const std::vector<int64_t>& query_starts,
+        const Tables& page_tables, const Array& kv, const std::string& kv_dtype, int64_t page_size,
+        const std::vector<int64_t>& logit_rows, const std::optional<Array>& logits,
+        const std::optional<Array>& hidden, const std::optional<Array>& layers_done,
+        int64_t mark_every, int progress_event) {
         const int64_t rows = int64_t(token_ids.size()), wanted = int64_t(logit_rows.size());
         if (int64_t(positions.size()) != rows) refuse("positions", "be as many as token_ids");
         if (query_starts.size() != page_tables.size() + 1)
@@ -150,7 +150,8 @@ public:
         const PaddedTables tables(page_tables);
         std::vector<int32_t> best(logit_rows.size());
         DecoderStep step = in_pages(kv, kv_dtype, page_size);
-        step.rows = {positions.data(), query_starts.data(), tables.slots.data(), rows, tables.number, tables.most};
+        step.rows = {positions.data(), query_starts.data(), tables.slots.data(),
+                     rows,             tables.number,       tables.most};
         step.token_ids = token_ids.data();
         if (states.has_value() != goes_on_)
             refuse("states", "be given if the weights go on from some");
@@ -168,16 +169,16 @@ public:
         }
         check(step);
         nb::gil_scoped_release released;
+        ThreadPool::instance().expect_next(step.hidden);  // hidden rows are for drafts
         decoder_.run(step);
         return best;
     }
 
     // What it drafts after each row, going on from what it said.
-    std::vector<std::vector<int64_t>> draft(std::vector<int64_t> token_ids, const std::vector<Array>& states,
-                                            std::vector<int64_t> positions,
-                                            const Tables& page_tables, const Array& kv,
-                                            const std::string& kv_dtype, int64_t page_size,
-                                            const std::vector<int64_t>& lengths) {
+    std::vector<std::vector<int64_t>> draft(
+        std::vector<int64_t> token_ids, const std::vector<Array>& states,
+        std::vector<int64_t> positions, const Tables& page_tables, const Array& kv,
+        const std::string& kv_dtype, int64_t page_size, const std::vector<int64_t>& lengths) {
         const int64_t rows = int64_t(token_ids.size()), width = shape_.width;
         if (!goes_on_) refuse("states", "be given if the weights go on from some");
         for (size_t size : {states.size(), positions.size(), page_tables.size(), lengths.size()})
@@ -194,7 +195,8 @@ public:
         std::vector<int64_t> each(size_t(rows + 1));
         for (int64_t row = 0; row <= rows; ++row) each[row] = row;
         for (int64_t row = 0; row < rows; ++row)
-            std::copy_n(data<float>(states[row], "states", {width}), width, hidden.begin() + row * width);
+            std::copy_n(data<float>(states[row], "states", {width}), width,
+                        hidden.begin() + row * width);
         std::vector<int32_t> best(token_ids.size());
         DecoderStep step = in_pages(kv, kv_dtype, page_size);
         step.rows = {positions.data(), each.data(), tables.slots.data(), rows, rows, tables.most};
@@ -205,6 +207,7 @@ public:
         check(step);
         std::vector<std::vector<int64_t>> drafts(token_ids.size());
         nb::gil_scoped_release released;
+        ThreadPool::instance().expect_next(true);  // the step that verifies them
         for (int64_t depth = 0, left = rows;; ++depth) {
             while (left > 0 && lengths[left - 1] <= depth) --left;
             if (left == 0) return drafts;

@@ -9,10 +9,9 @@ namespace quire {
 
 namespace {
 
-// Longer than the gap between two phases.
+// Longer than the gap between two phases, much shorter than a time slice.
 constexpr auto kSpin = std::chrono::microseconds(100);
-// Longer than most gaps between two jobs of one step after the other: to wake a thread takes long,
-// and the phases until it is awake have a thread less.
+// Longer than most gaps between a step and its drafts: to wake a thread takes a part of a draft's time.
 constexpr auto kYield = std::chrono::microseconds(500);
 constexpr int kSpinsBeforeYield = 1000;
 constexpr uint64_t kNone = uint64_t(1) << 31;
@@ -120,7 +119,7 @@ void ThreadPool::serve(int thread) {
             idle_since = Clock::now();
         } else if (spins % 64 == 63) {
             const auto idle = Clock::now() - idle_since;
-            if (idle > kYield) {
+            if (idle > (next_is_near_.load() ? kYield : kSpin)) {
                 sleep();
                 idle_since = Clock::now();
             } else if (idle > kSpin) {

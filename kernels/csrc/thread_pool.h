@@ -55,6 +55,9 @@ public:
         run(&phase, 1);
     }
 
+    // Whether another job is known to follow soon: idle threads wait longer before they sleep then.
+    void expect_next(bool is_near) { next_is_near_.store(is_near); }
+
 private:
     // The phase's serial number above, the units nobody has taken, plus kNone, below. Whoever lowers
     // it to less than kNone has taken nothing.
@@ -83,6 +86,7 @@ private:
     alignas(64) std::atomic<uint32_t> epoch_{0};      // what sleeping workers wait on
     std::atomic<int> asleep_{0};
     std::atomic<bool> done_{true};
+    std::atomic<bool> next_is_near_{false};
 
     // Of the job that runs; whoever has taken a unit may read them.
     const Phase* phases_ = nullptr;
