@@ -85,7 +85,7 @@ class RaggedBatch:
 
     @property
     def given(self) -> Mapping[str, Any]:
-        """The fields as they were given."""
+        """The fields as they were given, those that were looked at as arrays."""
         return vars(self)
 
 
