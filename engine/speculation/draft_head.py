@@ -236,7 +236,7 @@ class DraftHead:
         nothing = dict.fromkeys(most, Draft())
         if not lengths:
             return nothing
-        names = sorted(lengths, key=lambda name: -lengths[name]) if len(lengths) > 1 else [*lengths]
+        names = sorted(lengths, key=lambda name: -lengths[name])
         rows, longest = self.rows(names), lengths[names[0]]
         if any(self._generations[name].needs_logits for name in names):
             drafts = self._choose(rows, names, lengths)
