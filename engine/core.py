@@ -118,7 +118,7 @@ class EngineCore:
         self.boot_id = boot_id
         self.settings = settings
         self.layout = model.spec.page_layout(settings.page_size)
-        self._kv_token_bytes = self.layout.token_bytes
+        self._kv_token_bytes = self.layout.token_bytes  # of five properties, asked for every step
         self.fingerprint = fingerprint_of(model, settings.page_size)
         self.memory = memory or PageMemory(self.layout, settings.num_pages)
         self.pool = PagePool(settings.num_pages, settings.page_size, clock, self.memory.generations)

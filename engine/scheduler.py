@@ -369,8 +369,6 @@ class Scheduler:
 
     def _admit(self) -> _Admitted:
         """Lets waiting sequences in, in order, as long as pages and places last."""
-        if not self._waiting:  # at nearly every step
-            return _NOBODY
         admitted = _Admitted()
         while (
             self._waiting and len(self._running) + len(self._reserved) < self.limits.max_sequences
@@ -560,6 +558,3 @@ class _Admitted:
         self.finished_pages: list[FinishedPage] = []
         self.prefilled: list[str] = []
         self.swap_ins: list[SwapIn] = []
-
-
-_NOBODY = _Admitted()

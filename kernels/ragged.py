@@ -57,8 +57,7 @@ class RaggedBatch:
 
     The numbers may be given as arrays or as sequences, page tables of different lengths too; they
     are arrays to whoever looks at them. The native decoder takes them as ``given``: a step makes
-    these few numbers anew, from caches that its weights have emptied, where even a small array
-    takes long to make.
+    these few numbers anew, and what even a small array takes is in no cache after its weights.
     """
 
     token_ids: _Array = _Array(np.int64)  # [T]

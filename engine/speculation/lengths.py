@@ -22,7 +22,7 @@ _KEEP, _KEEP_IDLE = 0.9, 0.98
 # sequences differ by less than luck makes of a few drafts.
 WORD_WEIGHT, USUAL_WEIGHT = 2.0, 12.0
 # Drafts that promise less are not made: what they take beside the step is not all measured.
-_LEAST_GAIN = 0.05
+LEAST_GAIN = 0.05
 # A draft that is right less often is not worth looking at.
 _LEAST_CHANCE = 0.02
 # By how much a measured step moves what is known of all steps, and of those with so many rows.
@@ -164,7 +164,7 @@ def best_lengths(
         _expected(rate, number, shape) for rate, number in zip(rates, most, strict=True)
     )
     without = times.seconds(num_rows, attention_s) / tokens
-    least = (1 - _LEAST_GAIN) * without
+    least = (1 - LEAST_GAIN) * without
 
     def chance(index: int) -> float:
         """Of a sequence's next draft to be right."""

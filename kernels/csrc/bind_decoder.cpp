@@ -105,9 +105,10 @@ Matrix matrix_of(nb::handle owner, const char* name, int64_t outputs, int64_t wi
     return w;
 }
 
-using Tables = std::vector<std::vector<int32_t>>;
+using Tables = std::vector<std::vector<int64_t>>;
 
-// Page tables of one length, -1 behind their own.
+// Page tables of one length, -1 behind their own. What is no slot of the pool is refused where it is
+// looked up; here, what 32 bits do not hold.
 struct PaddedTables {
     int64_t number, most = 0;
     std::vector<int32_t> slots;
@@ -116,7 +117,11 @@ struct PaddedTables {
         for (const auto& table : tables) most = larger_of(most, int64_t(table.size()));
         slots.assign(size_t(number * most), -1);
         for (int64_t i = 0; i < number; ++i)
-            std::copy(tables[size_t(i)].begin(), tables[size_t(i)].end(), slots.begin() + i * most);
+            for (size_t j = 0; j < tables[size_t(i)].size(); ++j) {
+                const int64_t slot = tables[size_t(i)][j];
+                if (slot != int32_t(slot)) refuse("page_tables", "be slots of the pool");
+                slots[size_t(i * most) + j] = int32_t(slot);
+            }
     }
 };
 

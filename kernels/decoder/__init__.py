@@ -109,8 +109,7 @@ class DecoderWeights:
 @dataclass(frozen=True, slots=True)
 class DraftRows:
     """The last token of each of ``B`` sequences, its predecessor's state, where it stands, and the
-    sequence's page slots from position 0 on. No arrays but the states: a draft takes less time than
-    it takes to make a few of those from cold caches."""
+    sequence's page slots from position 0 on. No arrays but the states, as a ragged batch's."""
 
     tokens: Sequence[int]  # [B]
     states: Sequence[Float32]  # B of [H]
