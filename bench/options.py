@@ -29,7 +29,9 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
         metavar="bf16,int8",
         help="default auto: what suits the weights",
     )
-    parser.add_argument("--repeat", type=count, default=3, help="medians over this many")
+    parser.add_argument(
+        "--repeat", type=count, default=3, help="medians over this many (default %(default)s)"
+    )
 
 
 def add_batch(parser: argparse.ArgumentParser) -> None:

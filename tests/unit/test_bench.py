@@ -56,7 +56,7 @@ def test_the_defaults_are_those_of_the_design() -> None:
     decode_load, prefill_load, handover_load, serve_load = (
         loads(options_of(kind)) for kind in ("decode", "prefill", "handover", "serve")
     )
-    assert decode_load == [Load(batch=1, prompt=128, tokens=64, repeat=3)]
+    assert decode_load == [Load(batch=1, prompt=128, tokens=64, repeat=7)]
     assert prefill_load == [Load(batch=1, prompt=512, tokens=1, repeat=3)]
     assert handover_load == [Load(batch=1, prompt=1000, tokens=1, repeat=3)]
     assert serve_load == [Load(batch=32, prompt=128, tokens=64, repeat=3)]
@@ -313,7 +313,7 @@ def test_decode_prints_one_json_object_and_keeps_progress_out_of_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small_machine(monkeypatch)
-    flags = "decode --model hash --context 40 --tokens 12 --batch 1,3 --repeat 2 --json"
+    flags = "decode --model hash --context 40 --tokens 64 --batch 1,3 --repeat 2 --json"
     assert cli.main(flags.split()) == 0
     output = capsys.readouterr()
     result = json.loads(output.out)
