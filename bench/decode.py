@@ -25,12 +25,11 @@ from engine.scheduler import SchedulerLimits
 from kernels.peaks import Peaks
 
 WARM_UP_TOKENS = 8
-REPEATS = 7
-"""Short ones: what a shared machine gives changes within a second."""
+REPEATS = 7  # each takes a second or less, in which what a shared machine gives may change
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_modes(parser)
+    add_modes(parser, repeat=REPEATS)
     add_batch(parser)
     parser.add_argument(
         "--context",
@@ -42,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens before the first one generated (default 128)",
     )
     parser.add_argument("--tokens", type=count, default=64, help="generated from each prompt")
-    parser.set_defaults(repeat=REPEATS)
 
 
 def run(options: argparse.Namespace, machine: Machine, report: Report) -> list[Row]:

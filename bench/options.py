@@ -12,7 +12,7 @@ from engine.modes import DEFAULT_WEIGHTS
 from engine.progress import default_progress
 
 
-def add_modes(parser: argparse.ArgumentParser) -> None:
+def add_modes(parser: argparse.ArgumentParser, repeat: int = 3) -> None:
     """Model, modes and repeats; the name of a mode is checked when the model is loaded."""
     parser.add_argument("--model", default="smollm2", help="name or path (default %(default)s)")
     parser.add_argument(
@@ -30,7 +30,7 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
         help="default auto: what suits the weights",
     )
     parser.add_argument(
-        "--repeat", type=count, default=3, help="medians over this many (default %(default)s)"
+        "--repeat", type=count, default=repeat, help="medians over this many (default %(default)s)"
     )
 
 
